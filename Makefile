@@ -1,0 +1,30 @@
+# make demo   train TD3+BC plain and with C4, side by side, and draw what happens
+# make test   the tests
+# make check  ruff, ruff format, mypy --strict
+# make bench  what C4 costs in time
+# Each sets up .venv when it is missing or older than pyproject.toml or constraints.txt.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check bench
+
+demo: .venv/ready
+	$(BIN)/python examples/quickstart.py
+
+test: .venv/ready
+	$(BIN)/python -m pytest -q
+
+check: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/typed && $(BIN)/pip install -q --no-deps --target build/typed .
+	MYPYPATH=build/typed $(BIN)/mypy -p c4buffer
+
+bench: .venv/ready
+	$(BIN)/python benchmarks/fit_time.py
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch .venv/ready

@@ -1,0 +1,106 @@
+"""What C4 costs in time: d3rlpy's `fit` of a wrapped TD3+BC over that of the plain one.
+
+    python benchmarks/fit_time.py             # 5 pairs of 2,000 updates
+    python benchmarks/fit_time.py --threads 1
+
+Plain and wrapped runs take turns in one process, so that both see the same machine; a ratio is taken within each turn
+and the median over turns is what counts. 10,000 transitions of hopper medium-expert, networks and batch of d3rlpy's
+defaults, K = 3, default refresh (once per 1,000 updates), relative gradient penalty 0.1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import logging
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from c4buffer import load_d4rl
+
+DATA = Path(__file__).parent.parent / "data" / "hopper-medium-expert-10k.hdf5"
+ARMS = {"plain": None, "C4, penalty_every=4": 4, "C4, penalty_every=1": 1}
+
+
+def import_d3rlpy() -> Any:
+    """d3rlpy without its greeting and its log lines."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        import d3rlpy
+    import structlog
+
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    return d3rlpy
+
+
+def timed_fit(d3rlpy: Any, dataset: Any, penalty_every: int | None, updates: int) -> tuple[float, float]:
+    """Seconds of a fit, and of the refreshes in it."""
+    from c4buffer.integrations.d3rlpy import C4Config
+
+    d3rlpy.seed(0)
+    config = d3rlpy.algos.TD3PlusBCConfig(observation_scaler=d3rlpy.preprocessing.StandardObservationScaler())
+    if penalty_every is not None:
+        config = C4Config(base=config, penalty_every=penalty_every, seed=0)
+    algo = config.create("cpu")
+    algo.build_with_dataset(dataset)
+    algo.observation_scaler.fit_with_transition_picker(dataset.episodes, dataset.transition_picker)
+    started = time.perf_counter()
+    results = algo.fit(
+        dataset,
+        n_steps=updates,
+        n_steps_per_epoch=1000,
+        show_progress=False,
+        logger_adapter=d3rlpy.logging.NoopAdapterFactory(),
+    )
+    seconds = time.perf_counter() - started
+    return seconds, sum(metrics.get("c4_refresh_seconds", 0.0) for _, metrics in results)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--updates", type=int, default=2000, help="a multiple of 1,000")
+    parser.add_argument("--threads", type=int, default=None, help="torch's threads; left as they are by default")
+    arguments = parser.parse_args()
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    d3rlpy = import_d3rlpy()
+    data = load_d4rl(DATA)
+    names = ("observations", "actions", "rewards", "terminals", "timeouts")
+    dataset = d3rlpy.dataset.MDPDataset(**{name: getattr(data, name).numpy() for name in names})
+
+    console = Console()
+    machine = platform.processor() or platform.machine()
+    console.print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {machine}")
+    for penalty_every in ARMS.values():
+        timed_fit(d3rlpy, dataset, penalty_every, 1000)  # warm-up
+    turns: list[dict[str, tuple[float, float]]] = []
+    for turn in range(arguments.pairs):
+        turns.append({arm: timed_fit(d3rlpy, dataset, every, arguments.updates) for arm, every in ARMS.items()})
+        told = ", ".join(f"{arm} {seconds:.1f} s" for arm, (seconds, _) in turns[-1].items())
+        console.print(f"turn {turn + 1}: {told}")
+
+    table = Table(title=f"d3rlpy TD3+BC, fit of {arguments.updates:,} updates, median of {len(turns)} turns")
+    for heading in ("", "ms per update", "ratio to plain", "smallest to largest", "refresh's share"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for arm in ARMS:
+        ratios = sorted(turn[arm][0] / turn["plain"][0] for turn in turns)
+        table.add_row(
+            arm,
+            f"{statistics.median(1000 * turn[arm][0] / arguments.updates for turn in turns):.2f}",
+            f"{statistics.median(ratios):.2f}",
+            f"{ratios[0]:.2f} to {ratios[-1]:.2f}",
+            f"{statistics.median(turn[arm][1] / turn[arm][0] for turn in turns):.1%}",
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""C4 for offline reinforcement learning: a clustered replay buffer and the covariance penalty."""
+
+from .buffer import ClusteredReplayBuffer, RefreshReport
+from .clustering import Clusterer, MixtureClusterer
+from .critics import Critics, stacked_features, stacked_gradients
+from .datasets.d4rl import load_d4rl
+from .losses.covariance import (
+    CovariancePenalty,
+    covariance_penalty,
+    cross_covariance,
+    decompose_cross_covariance,
+)
+from .mixture import GaussianMixture, MixtureResult
+from .refresh import Every, RefreshPolicy
+from .sampling import SingleClusterSampler
+from .transitions import Transitions
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ClusteredReplayBuffer",
+    "Clusterer",
+    "CovariancePenalty",
+    "Critics",
+    "Every",
+    "GaussianMixture",
+    "MixtureClusterer",
+    "MixtureResult",
+    "RefreshPolicy",
+    "RefreshReport",
+    "SingleClusterSampler",
+    "Transitions",
+    "covariance_penalty",
+    "cross_covariance",
+    "decompose_cross_covariance",
+    "load_d4rl",
+    "stacked_features",
+    "stacked_gradients",
+]

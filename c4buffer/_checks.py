@@ -1,0 +1,54 @@
+"""Errors in one voice: the argument, what was expected, what came."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+
+def fail(argument: str, expected: str, got: object) -> NoReturn:
+    """Raise ValueError: `argument: expected ..., got ...`."""
+    raise ValueError(f"{argument}: expected {expected}, got {got}")
+
+
+def check_integer(argument: str, value: object, *, minimum: int) -> int:
+    """The value as an int, when it is one (no bool) and at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        fail(argument, f"an integer of at least {minimum}", repr(value))
+    return value
+
+
+def check_number(argument: str, value: object, *, minimum: float, exclusive: bool = False) -> float:
+    """The value as a float, when it is finite and at least (above, if `exclusive`) `minimum`."""
+    bound = "above" if exclusive else "at least"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        fail(argument, f"a number {bound} {minimum:g}", repr(value))
+    inside = value > minimum if exclusive else value >= minimum
+    if not inside or value == float("inf"):  # a NaN is never inside
+        fail(argument, f"a finite number {bound} {minimum:g}", repr(value))
+    return float(value)
+
+
+def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
+    """One of the names in `choices`."""
+    if value not in choices:
+        fail(argument, "one of " + ", ".join(map(repr, choices)), repr(value))
+
+
+def check_finite(argument: str, values: Tensor, *, hint: str = "") -> None:
+    """No NaN and no infinity in `values` [N, ...]; the error names the first bad row."""
+    if not values.is_floating_point():
+        return
+    bad = ~torch.isfinite(values)
+    if bool(bad.any()):
+        rows = bad.reshape(len(values), -1).any(dim=1).nonzero().squeeze(1)
+        first = int(rows[0])
+        value = float(values.reshape(len(values), -1)[first][bad.reshape(len(values), -1)[first]][0])
+        fail(argument, "finite values", f"{value} in row {first} ({len(rows)} of {len(values)} rows are bad){hint}")
+
+
+def shape_of(tensor: Tensor) -> str:
+    """A shape as text: [256, 11]."""
+    return str(list(tensor.shape))

@@ -1,0 +1,309 @@
+"""ClusteredReplayBuffer: transitions, their clustering, and single-cluster batches of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Union
+
+import torch
+from torch import Tensor
+
+from ._checks import check_choice, check_finite, check_integer, fail, shape_of
+from .clustering import Clusterer, MixtureClusterer, squared_distances_to_means
+from .critics import CHUNK_ROWS, Critics, stacked_features, stacked_gradients
+from .losses.covariance import decompose_cross_covariance
+from .mixture import MixtureResult
+from .refresh import Every, RefreshPolicy
+from .sampling import SingleClusterSampler, check_responsibilities
+from .storage import RingStorage
+from .transitions import Observations, Transitions
+
+Embedding = Callable[[Critics, Transitions], Tensor]
+EMBEDDINGS: dict[str, Embedding] = {"gradients": stacked_gradients, "features": stacked_features}
+
+
+@dataclass(frozen=True)
+class RefreshReport:
+    """What a refresh found.
+
+    Args:
+        sizes: N p_z, the number of transitions in each cluster (fractional when soft).
+        probabilities: p_z.
+        iterations: EM steps; 0 for a clusterer that does not tell.
+        log_likelihood: mean over the transitions, of the embeddings in their own units; NaN likewise.
+        seconds: wall time of embedding, clustering and assigning.
+        total, within, between: Frobenius norms of C = Cov(g', g) over all transitions, of E[C_Z] and of
+            Cov(mu'_Z, mu_Z) (Theorem 2). NaN for an embedding that is not a pair, and for a single transition.
+    """
+
+    sizes: tuple[float, ...]
+    probabilities: tuple[float, ...]
+    iterations: int
+    log_likelihood: float
+    seconds: float
+    total: float
+    within: float
+    between: float
+
+
+class ClusteredReplayBuffer:
+    """A replay buffer whose batches come from one cluster each, so that batches carry no between-cluster covariance.
+
+    `attach` a critic, and `sample` re-clusters by itself when it is due; or call `refresh`. Until the first refresh,
+    batches are uniform and their `cluster` is -1. Over batches every transition stays equally likely (see
+    `SingleClusterSampler`).
+
+    Args:
+        capacity: transitions held; then the oldest are overwritten.
+        n_clusters: K, for the default clusterer.
+        embedding: what is clustered: "gradients" (`stacked_gradients`), "features" (`stacked_features`) or a callable
+            `(critics, transitions) -> [N, E]`.
+        refresh: when to cluster again: `Every(n)` or any `(step, buffer) -> bool`. None: every max(1000, N // 10)
+            batches, N being the transitions held at the last refresh.
+        clusterer: how to cluster. None: `MixtureClusterer(n_clusters, warm_start=False)`.
+        assignment: "soft": a transition is drawn with each cluster by its responsibility; "hard": with its arg-max one.
+        replacement: within a cluster.
+        device: of the sampled batches.
+        storage: "memory" keeps the transitions in RAM, "device" on `device`.
+        seed: of the buffer's own generator. None: torch.initial_seed(). Global generators are not touched.
+
+    >>> t = Transitions(observations=torch.randn(100, 3), actions=torch.randn(100, 1), rewards=torch.zeros(100),
+    ...                 next_observations=torch.randn(100, 3), terminals=torch.zeros(100))
+    >>> buffer = ClusteredReplayBuffer.from_transitions(t, n_clusters=2, seed=0)
+    >>> q = torch.nn.Bilinear(3, 1, 1)
+    >>> buffer.attach(Critics(q, q))
+    >>> buffer.sample(32).observations.shape
+    torch.Size([32, 3])
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        n_clusters: int = 3,
+        embedding: Union[Literal["gradients", "features"], Embedding] = "gradients",
+        refresh: RefreshPolicy | None = None,
+        clusterer: Clusterer | None = None,
+        assignment: Literal["soft", "hard"] = "soft",
+        replacement: bool = True,
+        device: torch.device | str = "cpu",
+        storage: Literal["memory", "device"] = "memory",
+        seed: int | None = None,
+    ) -> None:
+        check_integer("capacity", capacity, minimum=1)
+        check_integer("n_clusters", n_clusters, minimum=1)
+        if not callable(embedding):
+            check_choice("embedding", embedding, tuple(EMBEDDINGS))
+        for name, value in (("refresh", refresh), ("clusterer", clusterer)):
+            if value is not None and not callable(value):
+                fail(name, "a callable or None", repr(value))
+        check_choice("assignment", assignment, ("soft", "hard"))
+        check_choice("storage", storage, ("memory", "device"))
+        if seed is not None:
+            check_integer("seed", seed, minimum=0)
+
+        self.capacity = capacity
+        self.n_clusters = n_clusters
+        self.device = torch.device(device)
+        generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
+        self._clusterer = clusterer or MixtureClusterer(n_clusters, generator=generator, warm_start=False)
+        self._embedding = embedding
+        self._refresh_policy = refresh
+        self._default_policy = Every(1000)
+        self._storage = RingStorage(capacity, device=self.device if storage == "device" else torch.device("cpu"))
+        self._sampler = SingleClusterSampler(generator=generator, assignment=assignment, replacement=replacement)
+        self._critics: Critics | None = None
+        self._batches = 0
+        self._last_report: RefreshReport | None = None
+        self._last_rows: dict[int, int] = {}  # of each environment: its last row, while that waits for its next action
+
+    @classmethod
+    def from_transitions(cls, transitions: Transitions, **options: Any) -> ClusteredReplayBuffer:
+        """A buffer that holds `transitions`; its capacity is their number, unless given."""
+        buffer = cls(options.pop("capacity", len(transitions)), **options)
+        buffer.extend(transitions)
+        return buffer
+
+    def __len__(self) -> int:
+        return len(self._storage)
+
+    def extend(self, transitions: Transitions) -> None:
+        """Append transitions as they are, next actions included; of more than `capacity`, the last.
+
+        Raises:
+            ValueError: if they do not have the form of the transitions held.
+        """
+        before = len(self)
+        slots = self._storage.write(transitions)
+        overwritten = slots[slots < before]
+        if len(overwritten):
+            self._sampler.overwrite(overwritten)
+        if len(self) > before:
+            self._sampler.extend(len(self) - before)
+
+    def add(
+        self,
+        observations: Any,
+        actions: Any,
+        rewards: Any,
+        next_observations: Any,
+        terminals: Any,
+        timeouts: Any = None,
+    ) -> None:
+        """Append one step: of one environment (scalar reward), or of E environments (a leading axis E on everything).
+
+        The next action of each row is the action that its environment takes in the step after; a terminal, a timeout
+        and the newest row have none.
+        """
+        rewards = torch.as_tensor(rewards)
+        single = rewards.ndim == 0
+
+        def rows(value: Any) -> Tensor:
+            tensor = torch.as_tensor(value)
+            return tensor.unsqueeze(0) if single else tensor
+
+        actions = rows(actions)
+        timeouts = torch.zeros(len(rows(rewards))) if timeouts is None else rows(timeouts)
+        step = Transitions(
+            observations=map_leaves(rows, observations),
+            actions=actions,
+            rewards=rows(rewards),
+            next_observations=map_leaves(rows, next_observations),
+            terminals=rows(terminals),
+            timeouts=timeouts,
+            next_actions=actions,
+            has_next_actions=torch.zeros(len(actions)),
+        )
+        # The constructor closes a last row that is still open; here its episode goes on.
+        step = Transitions.unchecked({**dict(step.columns()), "timeouts": timeouts.reshape(-1).to(step.timeouts)})
+        first = self._storage.written
+        self.extend(step)
+        for environment, action in enumerate(step.actions):
+            row = self._last_rows.get(environment)
+            if row is not None and self._storage.holds(row):
+                self._storage.link(row, action)
+        done = (step.terminals + step.timeouts) > 0
+        self._last_rows = {e: first + e for e in range(len(step)) if not done[e]}
+
+    def attach(self, critics: Critics) -> None:
+        """From now on, `sample` re-clusters by these critics when the refresh policy says so."""
+        self._critics = _checked_critics(critics)
+
+    def sample(self, batch_size: int) -> Transitions:
+        """A batch of copies, [batch_size, ...] on `device`, from one cluster.
+
+        Raises:
+            ValueError: from an empty buffer, or for more than it holds when drawing without replacement.
+        """
+        if self._critics is not None and len(self) and self._policy(self._batches, self):
+            self.refresh()
+        slots, cluster = self._sampler.sample(batch_size)
+        self._batches += 1
+        batch = self._storage.gather(slots, cluster=cluster)
+        return batch if self._storage.device == self.device else batch.to(self.device)
+
+    def refresh(self, critics: Critics | None = None) -> RefreshReport:
+        """Cluster all transitions by the critics given, or by those attached. Nothing changes when it fails.
+
+        Raises:
+            ValueError: without critics; before any data; with fewer transitions than clusters; and for critics that
+                return a wrong shape or a value that is not finite.
+        """
+        critics = _checked_critics(self._critics if critics is None else critics)
+        if len(self) == 0:
+            fail("refresh", "transitions to cluster", "an empty buffer")
+        if len(self) < self.n_clusters:
+            fail("n_clusters", f"at most the {len(self)} transitions held", self.n_clusters)
+        started = time.perf_counter()
+        embeddings = self._embed(critics)
+        previous = self._sampler.responsibilities if self._sampler.clustered else None
+        responsibilities = self._clusterer(embeddings, previous)
+        check_responsibilities(responsibilities, len(self))
+        distances = squared_distances_to_means(embeddings, responsibilities) if responsibilities.shape[1] > 1 else None
+        self._sampler.assign(responsibilities, distances=distances)
+        norms = (float("nan"),) * 3
+        if isinstance(self._embedding, str) and len(self) > 1:
+            pair = embeddings.chunk(2, dim=1)
+            parts = decompose_cross_covariance(*pair, self._sampler.responsibilities.to(embeddings))
+            norms = tuple(float(torch.linalg.matrix_norm(part)) for part in parts)
+        mixture = self.mixture
+        self._last_report = RefreshReport(
+            sizes=tuple(self.cluster_sizes.tolist()),
+            probabilities=tuple(self.probabilities.tolist()),
+            iterations=mixture.iterations if mixture else 0,
+            log_likelihood=mixture.log_likelihood if mixture else float("nan"),
+            seconds=time.perf_counter() - started,
+            total=norms[0],
+            within=norms[1],
+            between=norms[2],
+        )
+        self._default_policy = Every(max(1000, len(self) // 10))
+        return self._last_report
+
+    @property
+    def responsibilities(self) -> Tensor:
+        """r, [N, K], as it stands: rows that no refresh has seen have r_i = p."""
+        return self._sampler.responsibilities
+
+    @property
+    def probabilities(self) -> Tensor:
+        """p_z = mean_i r_iz, [K], float64, before any dissolving."""
+        return self._sampler.probabilities
+
+    @property
+    def cluster_sizes(self) -> Tensor:
+        """N p_z, [K], float64: the number of transitions in each cluster (fractional when soft)."""
+        return len(self) * self.probabilities
+
+    @property
+    def mixture(self) -> MixtureResult | None:
+        """The clusterer's mixture, in units of the embeddings; None before the first refresh, or if it has none."""
+        return getattr(self._clusterer, "mixture", None)
+
+    @property
+    def last_report(self) -> RefreshReport | None:
+        """The report of the last refresh."""
+        return self._last_report
+
+    @property
+    def _policy(self) -> RefreshPolicy:
+        return self._default_policy if self._refresh_policy is None else self._refresh_policy
+
+    def _embed(self, critics: Critics) -> Tensor:
+        embed = EMBEDDINGS[self._embedding] if isinstance(self._embedding, str) else self._embedding
+        embeddings: Tensor | None = None
+        for start in range(0, len(self), CHUNK_ROWS):
+            rows = self._storage.rows(start, min(start + CHUNK_ROWS, len(self)))
+            chunk = embed(critics, rows.to(self.device))
+            _check_embeddings(chunk, len(rows))
+            if embeddings is None:
+                embeddings = chunk.new_empty(len(self), chunk.shape[1])
+            embeddings[start : start + len(chunk)] = chunk.detach()
+        assert embeddings is not None
+        return embeddings
+
+
+def _checked_critics(critics: object) -> Critics:
+    if not isinstance(critics, Critics):
+        fail("critics", "a Critics record, given or attached", "None" if critics is None else type(critics).__name__)
+    return critics
+
+
+def _check_embeddings(embeddings: object, rows: int) -> None:
+    expected = f"a floating tensor [N, E] with N = {rows}"
+    if not isinstance(embeddings, Tensor):
+        fail("embedding", expected, type(embeddings).__name__)
+    if embeddings.ndim != 2 or len(embeddings) != rows or not embeddings.is_floating_point():
+        fail("embedding", expected, f"{embeddings.dtype} {shape_of(embeddings)}")
+    check_finite("embedding", embeddings)
+
+
+def map_leaves(function: Callable[[Any], Tensor], observations: Any) -> Observations:
+    """`function` applied to an observation, or to every part of a dict or tuple of them."""
+    if isinstance(observations, dict):
+        return {key: function(value) for key, value in observations.items()}
+    if isinstance(observations, tuple):
+        return tuple(function(value) for value in observations)
+    return function(observations)

@@ -1,0 +1,42 @@
+"""D4RL's HDF5 layout -> Transitions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._checks import fail
+from ..transitions import Transitions
+
+REQUIRED = ("observations", "actions", "rewards", "terminals")
+
+
+def load_d4rl(path: str | Path) -> Transitions:
+    """Read a file in D4RL's layout (needs h5py: `pip install c4buffer[data]`).
+
+    observations [N, *O], actions [N, A], rewards [N], terminals [N]; timeouts [N] and next_observations [N, *O] may be
+    missing. Without next_observations, s' is the next row's observation, and the last row of an episode that did not
+    end in a terminal is left out, as it has none.
+
+    Raises:
+        ValueError: if a field is missing; names it.
+    """
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        missing = [name for name in REQUIRED if name not in file]
+        if missing:
+            fail(str(path), f"the fields {', '.join(REQUIRED)}", f"a file without {', '.join(missing)}")
+        fields: dict[str, Any] = {
+            name: torch.from_numpy(file[name][:])
+            for name in (*REQUIRED, "timeouts", "next_observations")
+            if name in file
+        }
+    if "next_observations" in fields:
+        return Transitions(**fields)
+    observations = fields["observations"]
+    fields["next_observations"] = torch.cat([observations[1:], observations[-1:]])
+    whole = Transitions(**fields)  # links next actions over whole episodes
+    return whole[(whole.timeouts == 0) | (whole.terminals == 1)]

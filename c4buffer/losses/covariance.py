@@ -1,0 +1,166 @@
+"""The cross-covariance of critic and target gradients: its decomposition over clusters, and the penalty on it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .._checks import check_choice, check_number, fail, shape_of
+from ..critics import Critics, member_features, paired_gradients
+from ..transitions import Transitions
+
+
+def cross_covariance(target_gradients: Tensor, gradients: Tensor) -> Tensor:
+    """C = Cov_B(g', g), [D, D], with divisor B - 1.
+
+    Args:
+        target_gradients: g', [B, D].
+        gradients: g, [B, D].
+
+    Raises:
+        ValueError: for shapes that differ or fewer than two rows.
+    """
+    _check_pair(target_gradients, gradients)
+    # C = sum_i (g'_i - mean g') (g_i - mean g)^T / (B - 1)
+    return _centred(target_gradients).T @ _centred(gradients) / (len(gradients) - 1)
+
+
+def covariance_penalty(target_gradients: Tensor, gradients: Tensor, *, trace_weight: float = 1.0) -> Tensor:
+    """||C||_F^2 + beta (tr C)^2 with C = Cov_B(g', g): the bracket of Eq. 14 (a scalar, in units of g^4).
+
+    Args:
+        target_gradients: g', [B, D].
+        gradients: g, [B, D].
+        trace_weight: beta.
+    """
+    c = cross_covariance(target_gradients, gradients)
+    return c.square().sum() + trace_weight * c.trace().square()
+
+
+def decompose_cross_covariance(
+    target_gradients: Tensor, gradients: Tensor, responsibilities: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Theorem 2: C = E[C_Z] + Cov(mu'_Z, mu_Z); returns (C, within, between), each [D, D].
+
+    With p_z = mean_i r_iz and weights r_iz / sum_j r_jz inside cluster z; all with divisor N, so that the identity is
+    exact to rounding.
+
+    Args:
+        target_gradients: g', [N, D].
+        gradients: g, [N, D].
+        responsibilities: r, [N, K], rows that sum to one.
+    """
+    _check_pair(target_gradients, gradients)
+    if responsibilities.ndim != 2 or len(responsibilities) != len(gradients):
+        fail("responsibilities", f"[N, K] with N = {len(gradients)}", shape_of(responsibilities))
+    rows = len(gradients)
+    total = _centred(target_gradients).T @ _centred(gradients) / rows
+
+    sums = responsibilities.sum(dim=0)  # [K], N p_z
+    share = (responsibilities / sums.clamp(min=torch.finfo(sums.dtype).tiny)).T  # [K, N]
+    target_means = share @ target_gradients  # mu'_z, [K, D]
+    means = share @ gradients  # mu_z, [K, D]
+    p = (sums / rows).unsqueeze(1)
+    between = (p * (target_means - target_gradients.mean(dim=0))).T @ (means - gradients.mean(dim=0))
+
+    within = torch.zeros_like(total)
+    for z in range(responsibilities.shape[1]):
+        # p_z C_z = sum_i r_iz (g'_i - mu'_z) (g_i - mu_z)^T / N
+        weighted = (target_gradients - target_means[z]) * responsibilities[:, z : z + 1]
+        within += weighted.T @ (gradients - means[z]) / rows
+    return total, within, between
+
+
+class CovariancePenalty:
+    """The corrective term of Eq. 14, to be added to the critic loss: `loss = td_loss + penalty(critics, batch)`.
+
+    Stateless: how often it is applied is the loop's business. g' and f' are detached and g' is masked by (1 - d), so it
+    moves the critic only; member i of an ensemble pairs with target i, and the members are summed.
+
+    kind="gradient", by `scale`, with P = ||C||_F^2 + beta (tr C)^2 and C = Cov_B(g', g):
+        raw: weight * P.
+        relative: weight * P / (tr Sigma' tr Sigma) * Var_B(Q_target(x')), both factors detached. A squared correlation
+            (the divisor is the square of Eq. 10's bound) in units of the squared TD error: it scales with the rewards
+            as the TD loss does and does not depend on the units of states and actions. Zero where a divisor vanishes.
+        correlation: the same with tr Sigma not detached, so that shrinking the gradients does not lower it.
+    kind="feature": weight * mean_i <f(s_i, a_i), f_target(s'_i, a'_i)>, the published code's default.
+
+    Args:
+        weight: lambda; at least 0.
+        trace_weight: beta; at least 0. For kind="gradient".
+        scale: "raw", "relative" or "correlation". For kind="gradient"; a feature penalty is always raw.
+        kind: "gradient" or "feature".
+
+    >>> q = torch.nn.Bilinear(2, 1, 1)
+    >>> t = Transitions(observations=torch.randn(8, 2), actions=torch.randn(8, 1), rewards=torch.zeros(8),
+    ...                 next_observations=torch.randn(8, 2), terminals=torch.zeros(8))
+    >>> CovariancePenalty(0.1, scale="relative")(Critics(q, q), t).shape
+    torch.Size([])
+    """
+
+    def __init__(
+        self,
+        weight: float,
+        *,
+        trace_weight: float = 1.0,
+        scale: Literal["raw", "relative", "correlation"] = "raw",
+        kind: Literal["gradient", "feature"] = "gradient",
+    ) -> None:
+        self.weight = check_number("weight", weight, minimum=0)
+        self.trace_weight = check_number("trace_weight", trace_weight, minimum=0)
+        check_choice("scale", scale, ("raw", "relative", "correlation"))
+        check_choice("kind", kind, ("gradient", "feature"))
+        if kind == "feature" and scale != "raw":
+            fail("scale", "'raw' for kind='feature', which has no other form", repr(scale))
+        self.scale = scale
+        self.kind = kind
+
+    def __call__(self, critics: Critics, batch: Transitions) -> Tensor:
+        """The penalty on one batch, a scalar with a graph to the critic's parameters.
+
+        Raises:
+            ValueError: for critics of the wrong form (see `Critics`) or a batch of fewer than two transitions.
+        """
+        with critics.evaluating():
+            return self._feature(critics, batch) if self.kind == "feature" else self._gradient(critics, batch)
+
+    def _gradient(self, critics: Critics, batch: Transitions) -> Tensor:
+        terms = [self._term(*pair) for pair in paired_gradients(critics, batch)]
+        return self.weight * torch.stack(terms).sum()
+
+    def _term(self, next_q: Tensor, target_g: Tensor, g: Tensor) -> Tensor:
+        if self.scale == "raw":
+            return covariance_penalty(target_g, g, trace_weight=self.trace_weight)
+        # P / (tr Sigma' tr Sigma) is P of g' / sqrt(tr Sigma') and g / sqrt(tr Sigma), which can not overflow
+        target_trace, trace = target_g.var(dim=0).sum(), g.var(dim=0).sum()
+        if self.scale == "relative":
+            trace = trace.detach()
+        smallest = torch.finfo(g.dtype).tiny
+        vanishes = (target_trace <= smallest) | (trace <= smallest)
+        one = torch.ones_like(trace)
+        target_unit = target_g * torch.where(vanishes, one, target_trace).rsqrt()
+        unit = g * torch.where(vanishes, one, trace).rsqrt()
+        term = covariance_penalty(target_unit, unit, trace_weight=self.trace_weight) * next_q.var()
+        return torch.where(vanishes, torch.zeros_like(term), term)
+
+    def _feature(self, critics: Critics, batch: Transitions) -> Tensor:
+        with torch.no_grad():
+            target_f = member_features(critics, critics.target, *critics.next_inputs(batch), name="target")
+        f = member_features(critics, critics.critic, *critics.inputs(batch), name="critic")
+        if len(f) != len(target_f):
+            fail("target", f"as many members as the critic has, {len(f)}", len(target_f))
+        return self.weight * torch.stack([(a * b).sum(dim=1).mean() for a, b in zip(f, target_f)]).sum()
+
+
+def _centred(values: Tensor) -> Tensor:
+    return values - values.mean(dim=0)
+
+
+def _check_pair(target_gradients: Tensor, gradients: Tensor) -> None:
+    if gradients.ndim != 2 or target_gradients.shape != gradients.shape:
+        fail("target_gradients and gradients", "one shape [B, D]",
+             f"{shape_of(target_gradients)} and {shape_of(gradients)}")  # fmt: skip
+    if len(gradients) < 2:
+        fail("gradients", "at least two rows, or there is no covariance", len(gradients))

@@ -1,0 +1,96 @@
+"""Where transitions live: a ring of preallocated tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._checks import fail
+from .transitions import Transitions, map_observations, observation_leaves
+
+
+class RingStorage:
+    """Up to `capacity` transitions on one device; the oldest are overwritten. Allocated by the first rows written.
+
+    Args:
+        capacity: rows.
+        device: where the rows live.
+    """
+
+    def __init__(self, capacity: int, *, device: torch.device) -> None:
+        self.capacity = capacity
+        self.device = device
+        self.written = 0  # rows ever written; row j of them is in slot j % capacity
+        self._columns: dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        return min(self.written, self.capacity)
+
+    def write(self, transitions: Transitions) -> Tensor:
+        """Append rows; of more than fit, the last. Returns their slots, int64, in the order of the rows."""
+        self._check_form(transitions)
+        kept = transitions[max(0, len(transitions) - self.capacity) :]
+        first = self.written + len(transitions) - len(kept)
+        slots = torch.arange(first, first + len(kept)) % self.capacity
+        if not self._columns:
+            for name, value in kept.columns():
+                self._columns[name] = _like(value, self.capacity, self.device)
+        # At most two runs of consecutive slots: up to the end of the ring, and from its start.
+        start = int(slots[0])
+        head = min(len(kept), self.capacity - start)
+        for name, value in kept.columns():
+            for target, source in zip(observation_leaves(self._columns[name]), observation_leaves(value)):
+                target[start : start + head] = source[:head]
+                target[: len(kept) - head] = source[head:]
+        self.written += len(transitions)
+        return slots
+
+    def holds(self, row: int) -> bool:
+        """Whether the `row`-th row ever written has not been overwritten yet."""
+        return self.written - self.capacity <= row < self.written
+
+    def link(self, row: int, action: Tensor) -> None:
+        """Give the `row`-th row ever written its next action."""
+        slot = row % self.capacity
+        self._columns["next_actions"][slot] = action
+        self._columns["has_next_actions"][slot] = 1
+
+    def gather(self, slots: Tensor, *, cluster: int = -1) -> Transitions:
+        """Copies of the rows in `slots`, int64 [B]."""
+        index = slots.to(self.device)
+        columns = {
+            name: value.index_select(0, index)
+            if isinstance(value, Tensor)
+            else map_observations(lambda leaf: leaf.index_select(0, index), value)
+            for name, value in self._columns.items()
+        }
+        return Transitions.unchecked(columns, indices=index, cluster=cluster)
+
+    def rows(self, start: int, stop: int) -> Transitions:
+        """The rows in slots start to stop, as views: to be read at once and not kept."""
+        columns = {
+            name: map_observations(lambda leaf: leaf[start:stop], value) for name, value in self._columns.items()
+        }
+        return Transitions.unchecked(columns)
+
+    def _check_form(self, transitions: Transitions) -> None:
+        for name, stored in self._columns.items():
+            expected, got = _form(stored), _form(getattr(transitions, name))
+            if got != expected:
+                fail(name, f"rows like those stored, {expected}", got)
+
+
+def _form(value: Any) -> Any:
+    """Shape and dtype of a row, in the structure that it comes in."""
+    if isinstance(value, Mapping):
+        return {key: _form(value[key]) for key in sorted(value)}
+    if isinstance(value, tuple):
+        return tuple(_form(leaf) for leaf in value)
+    return f"{list(value.shape[1:])} {value.dtype}"
+
+
+def _like(value: Any, capacity: int, device: torch.device) -> Any:
+    return map_observations(lambda leaf: torch.zeros(capacity, *leaf.shape[1:], dtype=leaf.dtype, device=device), value)

@@ -1,0 +1,312 @@
+"""Transitions: the one record that flows through everything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Union
+
+import torch
+from torch import Tensor
+
+from ._checks import check_finite, fail, shape_of
+
+Observations = Union[Tensor, Mapping[str, Tensor], tuple[Tensor, ...]]
+
+
+def observation_leaves(observations: Observations) -> list[Tensor]:
+    """The tensors of an observation, in a fixed order (a dict's keys sorted)."""
+    if isinstance(observations, Tensor):
+        return [observations]
+    if isinstance(observations, Mapping):
+        return [observations[key] for key in sorted(observations)]
+    return list(observations)
+
+
+def with_leaves(observations: Observations, leaves: Sequence[Tensor]) -> Observations:
+    """`leaves`, in the order of `observation_leaves`, in the structure of `observations`."""
+    if isinstance(observations, Tensor):
+        return leaves[0]
+    if isinstance(observations, Mapping):
+        return dict(zip(sorted(observations), leaves))
+    return tuple(leaves)
+
+
+def map_observations(function: Callable[[Tensor], Tensor], observations: Observations) -> Observations:
+    """`function` applied to every tensor of an observation."""
+    return with_leaves(observations, [function(leaf) for leaf in observation_leaves(observations)])
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class Transitions:
+    """N transitions (s, a, r, s'), as tensors with a common leading axis.
+
+    Args:
+        observations: s, [N, *O], or a dict or tuple of such tensors. Images may stay uint8.
+        actions: a, [N, A] floating for continuous actions, [N] integer for discrete ones (kept as int64).
+        rewards: r, [N].
+        next_observations: s', like `observations`.
+        terminals: d, [N], 0 or 1: true ends only, where nothing is to be expected after s'.
+        timeouts: [N], 0 or 1: ends by time limit. Default: none.
+        next_actions: a', like `actions`; used as they are when given.
+        intervals: n of an n-step transition, [N], whole numbers from 1. Default: 1.
+        has_next_actions: [N], 0 or 1: whether a' is a real next action. Default: 1 where `next_actions` are given.
+
+    Scalars may come as [N, 1]; arrays become tensors. Where `next_actions` is left out, a' is the action of the row
+    `intervals` rows on in the same episode; at an episode's end there is none, so the row's own action is stored and
+    `has_next_actions` is 0. A last row that is neither terminal nor timeout counts as a timeout. Both happen here only,
+    never in indexing, `concatenate` or sampling.
+
+    A batch drawn from a buffer also has `indices` [N] (rows of the buffer) and `cluster` (-1 before the first refresh).
+
+    Raises:
+        ValueError: for a wrong shape or dtype, and for a value that is not finite; names the field and the first bad row.
+
+    >>> t = Transitions(observations=[[0.0], [1.0]], actions=[[0.1], [0.2]], rewards=[1.0, 2.0],
+    ...                 next_observations=[[1.0], [2.0]], terminals=[0, 1])
+    >>> t.next_actions, t.has_next_actions
+    (tensor([[0.2000],
+            [0.2000]]), tensor([1., 0.]))
+    """
+
+    observations: Observations
+    actions: Tensor
+    rewards: Tensor
+    next_observations: Observations
+    terminals: Tensor
+    timeouts: Tensor
+    next_actions: Tensor
+    has_next_actions: Tensor
+    intervals: Tensor
+    indices: Tensor | None
+    cluster: int
+
+    def __init__(
+        self,
+        *,
+        observations: Any,
+        actions: Any,
+        rewards: Any,
+        next_observations: Any,
+        terminals: Any,
+        timeouts: Any = None,
+        next_actions: Any = None,
+        intervals: Any = None,
+        has_next_actions: Any = None,
+    ) -> None:
+        observations = _as_observations("observations", observations)
+        rows = len(observation_leaves(observations)[0])
+        if rows == 0:
+            fail("observations", "at least one transition", "none")
+        next_observations = _as_observations("next_observations", next_observations)
+        _check_same_form(observations, next_observations)
+        actions = _as_actions("actions", actions, rows)
+        rewards = _as_scalars("rewards", rewards, rows)
+        if not rewards.is_floating_point():
+            rewards = rewards.to(torch.get_default_dtype())
+        check_finite("rewards", rewards)
+        terminals = _as_flags("terminals", terminals, rows, like=rewards)
+        timeouts = torch.zeros_like(rewards) if timeouts is None else _as_flags("timeouts", timeouts, rows, like=rewards)
+        if not terminals[-1] and not timeouts[-1]:
+            timeouts = timeouts.clone()
+            timeouts[-1] = 1
+        intervals = torch.ones_like(rewards) if intervals is None else _as_intervals(intervals, rows, like=rewards)
+
+        if next_actions is None:
+            if has_next_actions is not None:
+                fail("has_next_actions", "to come together with next_actions", "it alone")
+            next_actions, has_next_actions = _link_actions(actions, terminals, timeouts, intervals)
+        else:
+            next_actions = _as_actions("next_actions", next_actions, rows)
+            if next_actions.shape != actions.shape or next_actions.dtype != actions.dtype:
+                fail("next_actions", f"the shape and dtype of actions, {shape_of(actions)} {actions.dtype}",
+                     f"{shape_of(next_actions)} {next_actions.dtype}")  # fmt: skip
+            has_next_actions = (
+                torch.ones_like(rewards)
+                if has_next_actions is None
+                else _as_flags("has_next_actions", has_next_actions, rows, like=rewards)
+            )
+        self._set(
+            observations=observations,
+            actions=actions,
+            rewards=rewards,
+            next_observations=next_observations,
+            terminals=terminals,
+            timeouts=timeouts,
+            next_actions=next_actions,
+            has_next_actions=has_next_actions,
+            intervals=intervals,
+            indices=None,
+            cluster=-1,
+        )
+
+    def _set(self, **fields: Any) -> None:
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def unchecked(
+        cls, columns: Mapping[str, Any], *, indices: Tensor | None = None, cluster: int = -1
+    ) -> Transitions:
+        """A record of `columns` (see `columns`) as they are: no check, no linking, no copy."""
+        record = object.__new__(cls)
+        record._set(**columns, indices=indices, cluster=cluster)
+        return record
+
+    def columns(self) -> Iterator[tuple[str, Any]]:
+        """Name and value of every field with the leading axis N, `indices` aside."""
+        for name in COLUMNS:
+            yield name, getattr(self, name)
+
+    def __len__(self) -> int:
+        return len(self.rewards)
+
+    def __getitem__(self, index: Any) -> Transitions:
+        """The rows at `index`: an int (one row, the axis is kept), a slice, int64 indices [M] or a bool mask [N]."""
+        if isinstance(index, int):
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"index: expected a row of {len(self)} transitions, got {index}")
+            index = slice(index, index + 1 or None)
+        return self._map(lambda tensor: tensor[index])
+
+    def to(self, device: torch.device | str) -> Transitions:
+        """The same transitions with every tensor on `device`."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    def replace(self, **fields: Any) -> Transitions:
+        """A record with other values in some fields; checked like a new one, next actions kept unless given."""
+        unknown = sorted(set(fields) - set(COLUMNS))
+        if unknown:
+            fail("fields", "names among " + ", ".join(COLUMNS), ", ".join(unknown))
+        return Transitions(**{**dict(self.columns()), **fields})
+
+    @staticmethod
+    def concatenate(parts: Sequence[Transitions]) -> Transitions:
+        """All rows of `parts`, in order. Each part keeps its own ends and next actions; nothing is linked across."""
+        if not parts:
+            fail("parts", "at least one Transitions", "none")
+        first = parts[0]
+        for part in parts[1:]:
+            _check_same_form(first.observations, part.observations, rows=False, argument="parts")
+
+        def join(name: str) -> Any:
+            values = [getattr(part, name) for part in parts]
+            if not name.endswith("observations"):
+                return torch.cat(values)
+            columns = zip(*(observation_leaves(value) for value in values))
+            return with_leaves(values[0], [torch.cat(column) for column in columns])
+
+        return Transitions.unchecked({name: join(name) for name in COLUMNS})
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Transitions:
+        columns = {
+            name: map_observations(function, value) if name.endswith("observations") else function(value)
+            for name, value in self.columns()
+        }
+        indices = None if self.indices is None else function(self.indices)
+        return Transitions.unchecked(columns, indices=indices, cluster=self.cluster)
+
+
+COLUMNS = (
+    "observations",
+    "actions",
+    "rewards",
+    "next_observations",
+    "terminals",
+    "timeouts",
+    "next_actions",
+    "has_next_actions",
+    "intervals",
+)
+
+
+def _link_actions(actions: Tensor, terminals: Tensor, timeouts: Tensor, intervals: Tensor) -> tuple[Tensor, Tensor]:
+    """a' [N, A] from the row `intervals` rows on in the same episode, and [N] whether there is one."""
+    rows = len(actions)
+    done = (terminals + timeouts) > 0
+    episode = torch.cumsum(done, dim=0) - done.long()
+    here = torch.arange(rows, device=actions.device)
+    ahead = here + intervals.long()
+    linked = ahead < rows
+    linked &= episode[ahead.clamp(max=rows - 1)] == episode
+    return actions[torch.where(linked, ahead, here)], linked.to(terminals.dtype)
+
+
+def _as_observations(argument: str, value: Any) -> Observations:
+    if isinstance(value, Mapping):
+        observations: Observations = {key: torch.as_tensor(leaf) for key, leaf in value.items()}
+    elif isinstance(value, tuple):
+        observations = tuple(torch.as_tensor(leaf) for leaf in value)
+    else:
+        observations = torch.as_tensor(value)
+    leaves = observation_leaves(observations)
+    if not leaves:
+        fail(argument, "at least one tensor", "an empty structure")
+    for leaf in leaves:
+        if leaf.ndim < 2:
+            fail(argument, "[N, ...] with at least one axis after N", shape_of(leaf))
+        if len(leaf) != len(leaves[0]):
+            fail(argument, f"{len(leaves[0])} rows in every part", f"{len(leaf)} in one")
+        check_finite(argument, leaf)
+    return observations
+
+
+def _check_same_form(
+    one: Observations, other: Observations, *, rows: bool = True, argument: str = "next_observations"
+) -> None:
+    """Same structure, shapes and dtypes; `rows=False` lets the number of rows differ."""
+
+    def form(observations: Observations) -> Any:
+        leaves = [(list(leaf.shape if rows else leaf.shape[1:]), leaf.dtype) for leaf in observation_leaves(observations)]
+        names = sorted(observations) if isinstance(observations, Mapping) else type(observations) is tuple
+        return names, leaves
+
+    if form(one) != form(other):
+        described = [
+            ", ".join(f"{shape_of(leaf)} {leaf.dtype}" for leaf in observation_leaves(observations))
+            for observations in (one, other)
+        ]
+        fail(argument, f"the form of observations, {described[0]}", described[1])
+
+
+def _as_actions(argument: str, value: Any, rows: int) -> Tensor:
+    actions = torch.as_tensor(value)
+    if actions.is_floating_point():
+        if actions.ndim != 2:
+            fail(argument, "[N, A] for continuous or integer [N] for discrete actions",
+                 f"{actions.dtype} {shape_of(actions)}")  # fmt: skip
+        check_finite(argument, actions)
+    else:
+        if actions.dtype == torch.bool:
+            fail(argument, "floating or integer values", "bool")
+        actions = _as_scalars(argument, actions, len(actions)).long()
+    if len(actions) != rows:
+        fail(argument, f"{rows} rows, as many as observations", len(actions))
+    return actions
+
+
+def _as_scalars(argument: str, value: Any, rows: int) -> Tensor:
+    scalars = torch.as_tensor(value)
+    if scalars.ndim == 2 and scalars.shape[1] == 1:
+        scalars = scalars.squeeze(1)
+    if scalars.ndim != 1:
+        fail(argument, "[N] or [N, 1]", shape_of(scalars))
+    if len(scalars) != rows:
+        fail(argument, f"{rows} rows, as many as observations", len(scalars))
+    return scalars
+
+
+def _as_flags(argument: str, value: Any, rows: int, *, like: Tensor) -> Tensor:
+    flags = _as_scalars(argument, value, rows).to(like)
+    wrong = ((flags != 0) & (flags != 1)).nonzero()
+    if len(wrong):
+        fail(argument, "0 or 1", f"{float(flags[wrong[0, 0]])} in row {int(wrong[0, 0])}")
+    return flags
+
+
+def _as_intervals(value: Any, rows: int, *, like: Tensor) -> Tensor:
+    intervals = _as_scalars("intervals", value, rows).to(like)
+    wrong = (~((intervals >= 1) & (intervals == intervals.floor()))).nonzero()
+    if len(wrong):
+        fail("intervals", "whole numbers from 1", f"{float(intervals[wrong[0, 0]])} in row {int(wrong[0, 0])}")
+    return intervals

@@ -1,0 +1,8 @@
+"""C4 inside d3rlpy: `C4Config(base=TD3PlusBCConfig()).create()`, or `wrap(algo)`."""
+
+from .algorithm import wrap
+from .config import C4Config
+from .dataset import transitions_of
+from .reading import critics_of
+
+__all__ = ["C4Config", "critics_of", "transitions_of", "wrap"]

@@ -1,0 +1,200 @@
+"""The seam: runtime subclasses of d3rlpy's algorithm and of its implementation object."""
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from d3rlpy.algos import (
+    AWAC,
+    BC,
+    CQL,
+    DDPG,
+    IQL,
+    SAC,
+    TD3,
+    DiscreteBC,
+    DiscreteRandomPolicy,
+    QLearningAlgoBase,
+    RandomPolicy,
+    ReBRAC,
+    TD3PlusBC,
+)
+from d3rlpy.torch_utility import TorchMiniBatch
+
+from c4buffer import ClusteredReplayBuffer, CovariancePenalty, Every
+from c4buffer._checks import fail
+
+from .config import C4Config
+from .dataset import from_mini_batch, to_mini_batch, transitions_of
+from .reading import critics_of_impl
+
+SUPPORTED = (DDPG, TD3, TD3PlusBC, ReBRAC, SAC, AWAC, CQL, IQL)
+WITHOUT_CRITIC = (BC, DiscreteBC, RandomPolicy, DiscreteRandomPolicy)
+
+
+def wrap(algo: Any, **fields: Any) -> Any:
+    """Put C4 into an algorithm that exists, built or not: its weights, optimizer state and step count are kept.
+
+    The algorithm is changed in place and returned; nothing is changed if it is refused.
+
+    Args:
+        algo: a d3rlpy algorithm.
+        fields: those of `C4Config`, without `base`.
+
+    Raises:
+        ValueError: for an algorithm without a critic, one that is not supported, and one that is wrapped already.
+
+    .. code-block:: python
+
+        algo = wrap(TD3PlusBCConfig().create(), n_clusters=5)
+    """
+    if isinstance(algo, C4Algorithm):
+        fail("algo", "an algorithm without C4", f"a {type(algo).__name__}, which is wrapped already")
+    _check_supported(algo)
+    return armed(algo, C4Config(base=algo.config, **fields))
+
+
+def armed(algo: Any, config: C4Config) -> Any:
+    """The algorithm, given C4's subclass and config."""
+    _check_supported(algo)
+    algo.__class__ = _algorithm_class(type(algo))
+    algo._c4_config = config
+    algo._c4_reported = None
+    algo.c4_buffer = None
+    if algo.impl is not None:
+        _arm_impl(algo.impl, config)
+    return algo
+
+
+def _check_supported(algo: Any) -> None:
+    name = type(algo).__name__
+    if isinstance(algo, WITHOUT_CRITIC):
+        fail("algo", "a Q-learning algorithm", f"{name}, which has no critic whose covariance could be controlled")
+    if not isinstance(algo, QLearningAlgoBase):
+        fail("algo", "a d3rlpy Q-learning algorithm", name)
+    if type(algo) not in SUPPORTED:
+        fail("algo", "one of " + ", ".join(sorted(cls.__name__ for cls in SUPPORTED)), name)
+    if algo.compiled:
+        fail("compile_graph", "False with C4 on a GPU, or the penalty's schedule would freeze in the graph", True)
+
+
+class C4Algorithm(QLearningAlgoBase):  # type: ignore[misc]
+    """What C4 adds to an algorithm. Internals read `_config`, the base; saving reads `config`, the C4Config.
+
+    Attributes:
+        c4_buffer: the ClusteredReplayBuffer of the running or last fit, None before.
+    """
+
+    _c4_config: C4Config
+    _c4_reported: Any
+    c4_buffer: ClusteredReplayBuffer | None
+
+    @property
+    def config(self) -> Any:
+        return self._c4_config
+
+    def inner_create_impl(self, observation_shape: Any, action_size: int) -> None:
+        super().inner_create_impl(observation_shape, action_size)
+        _arm_impl(self._impl, self._c4_config)
+
+    def fitter(self, dataset: Any, *arguments: Any, **options: Any) -> Iterator[tuple[int, dict[str, float]]]:
+        """d3rlpy's `fitter`, drawing its batches from a ClusteredReplayBuffer of the dataset."""
+        self.c4_buffer = None
+        view = copy.copy(dataset)  # shares the episodes; only its batches are drawn elsewhere
+        view.sample_transition_batch = functools.partial(self._sample_mini_batch, dataset)
+        yield from super().fitter(view, *arguments, **options)
+
+    def fit_online(self, *arguments: Any, **options: Any) -> None:
+        """Refused: only offline training is supported with C4."""
+        fail("fit_online", "offline training with fit or fitter, for an algorithm with C4", "a call")
+
+    def update(self, batch: Any) -> dict[str, float]:
+        """One update from a TransitionMiniBatch, or from a batch that is on the device and scaled already."""
+        if isinstance(batch, TorchMiniBatch):
+            metrics: dict[str, float] = self._impl.update(batch, self._grad_step)
+            self._grad_step += 1
+        else:
+            metrics = super().update(batch)
+        report = None if self.c4_buffer is None else self.c4_buffer.last_report
+        if report is not None and report is not self._c4_reported:
+            self._c4_reported = report
+            metrics.update(
+                c4_cross_covariance=report.total,
+                c4_within_cross_covariance=report.within,
+                c4_between_cross_covariance=report.between,
+                c4_smallest_probability=min(report.probabilities),
+                c4_log_likelihood=report.log_likelihood,
+                c4_refresh_seconds=report.seconds,
+            )
+        return metrics
+
+    def _sample_mini_batch(self, dataset: Any, batch_size: int) -> TorchMiniBatch:
+        if self.c4_buffer is None:  # by now the scalers are fitted and the networks are built
+            interval = self._c4_config.refresh_interval
+            self.c4_buffer = ClusteredReplayBuffer.from_transitions(
+                transitions_of(dataset, self),
+                n_clusters=self._c4_config.n_clusters,
+                embedding=self._c4_config.embedding,
+                refresh=None if interval is None else Every(interval),
+                device=self._device,
+                storage="device",
+                seed=self._c4_config.seed,
+            )
+            self.c4_buffer.attach(self._impl.c4_critics)
+        return to_mini_batch(self.c4_buffer.sample(batch_size), self._device)
+
+
+class C4Impl:
+    """What C4 adds to an implementation object: the penalty in the critic loss."""
+
+    c4_critics: Any
+    _c4_penalty: CovariancePenalty
+    _c4_every: int
+    _c4_due: bool
+
+    def inner_update(self, batch: TorchMiniBatch, grad_step: int) -> dict[str, float]:
+        self._c4_due = self._c4_penalty.weight > 0 and grad_step % self._c4_every == 0
+        metrics: dict[str, float] = super().inner_update(batch, grad_step)  # type: ignore[misc]
+        return metrics
+
+    def compute_critic_loss(self, batch: TorchMiniBatch, q_tpn: torch.Tensor) -> Any:
+        loss = super().compute_critic_loss(batch, q_tpn)  # type: ignore[misc]
+        if not self._c4_due:
+            return loss
+        penalty = self._c4_penalty(self.c4_critics, from_mini_batch(batch))
+        parts = {field.name: getattr(loss, field.name) for field in dataclasses.fields(loss)}
+        parts["critic_loss"] = loss.critic_loss + self._c4_every * penalty
+        return _loss_class(type(loss))(**parts, c4_penalty=penalty.detach())
+
+
+def _arm_impl(impl: Any, config: C4Config) -> None:
+    impl.__class__ = _impl_class(type(impl))
+    impl.c4_critics = critics_of_impl(impl, next_action=config.next_action)
+    gradient = config.penalty_kind == "gradient"
+    impl._c4_penalty = CovariancePenalty(
+        config.penalty_weight,
+        trace_weight=config.trace_weight,
+        scale=config.penalty_scale if gradient else "raw",
+        kind=config.penalty_kind,
+    )
+    impl._c4_every = config.penalty_every
+    impl._c4_due = False
+
+
+@functools.cache
+def _algorithm_class(base: type) -> type:
+    return type(f"C4{base.__name__}", (C4Algorithm, base), {"__module__": __name__, "__doc__": base.__doc__})
+
+
+@functools.cache
+def _impl_class(base: type) -> type:
+    return type(f"C4{base.__name__}", (C4Impl, base), {"__module__": __name__})
+
+
+@functools.cache
+def _loss_class(base: type) -> type:
+    """The loss record of an algorithm with the penalty beside it, so that d3rlpy logs it."""
+    return dataclasses.make_dataclass(f"C4{base.__name__}", [("c4_penalty", torch.Tensor)], bases=(base,), frozen=True)

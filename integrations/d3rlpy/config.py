@@ -1,0 +1,98 @@
+"""C4Config: any supported d3rlpy config with C4 around it, as one of d3rlpy's own configs."""
+
+import dataclasses
+from typing import Any, Optional
+
+from d3rlpy.base import DeviceArg, LearnableConfig, register_learnable
+from d3rlpy.serializable_config import CONFIG_STORAGE
+from dataclasses_json import config as json_config
+
+from c4buffer._checks import check_choice, check_integer, check_number, fail
+
+MIRRORED = tuple(field.name for field in dataclasses.fields(LearnableConfig))
+
+
+def _base_field() -> Any:
+    storage = CONFIG_STORAGE[LearnableConfig]
+    return dataclasses.field(default=None, metadata=json_config(encoder=storage.encoder, decoder=storage.decoder))
+
+
+@dataclasses.dataclass
+class C4Config(LearnableConfig):  # type: ignore[misc]
+    r"""C4 around a d3rlpy algorithm: single-cluster batches and the covariance penalty in the critic loss.
+
+    .. code-block:: python
+
+        algo = C4Config(base=TD3PlusBCConfig()).create("cuda:0")
+        algo.fit(dataset, n_steps=100000)
+
+    Batch size, discount, scalers and the rest are those of `base`; to load a saved algorithm, import this module first.
+
+    Args:
+        base: config of the algorithm: DDPG, TD3, TD3+BC, ReBRAC, SAC, AWAC, CQL or IQL.
+        n_clusters: K.
+        embedding: what is clustered, "gradients" or "features".
+        refresh_interval: updates between clusterings. None: max(1000, N // 10).
+        penalty_weight: lambda. 0 turns the penalty off.
+        penalty_kind: "gradient" or "feature".
+        penalty_scale: "raw", "relative" or "correlation", for the gradient penalty.
+        penalty_every: the penalty is added to every k-th critic update, with k times the weight.
+        trace_weight: beta, for the gradient penalty.
+        next_action: a' of g', from the "dataset" or the "policy".
+        seed: of the buffer. None: torch's initial seed.
+    """
+
+    base: Optional[LearnableConfig] = _base_field()
+    n_clusters: int = 3
+    embedding: str = "gradients"
+    refresh_interval: Optional[int] = None
+    penalty_weight: float = 0.1
+    penalty_kind: str = "gradient"
+    penalty_scale: str = "relative"
+    penalty_every: int = 4
+    trace_weight: float = 1.0
+    next_action: str = "dataset"
+    seed: Optional[int] = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.base, LearnableConfig):
+            fail("base", "a d3rlpy config, as TD3PlusBCConfig()", repr(self.base))
+        if isinstance(self.base, C4Config):
+            fail("base", "a config without C4", "a C4Config")
+        check_integer("n_clusters", self.n_clusters, minimum=1)
+        check_choice("embedding", self.embedding, ("gradients", "features"))
+        if self.refresh_interval is not None:
+            check_integer("refresh_interval", self.refresh_interval, minimum=1)
+        check_number("penalty_weight", self.penalty_weight, minimum=0)
+        check_choice("penalty_kind", self.penalty_kind, ("gradient", "feature"))
+        check_choice("penalty_scale", self.penalty_scale, ("raw", "relative", "correlation"))
+        check_integer("penalty_every", self.penalty_every, minimum=1)
+        check_number("trace_weight", self.trace_weight, minimum=0)
+        check_choice("next_action", self.next_action, ("dataset", "policy"))
+        if self.seed is not None:
+            check_integer("seed", self.seed, minimum=0)
+        self._mirror_base()
+
+    def _mirror_base(self) -> None:
+        """The fields that every d3rlpy config has are the base's."""
+        defaults = {field.name: field.default for field in dataclasses.fields(LearnableConfig)}
+        for name in MIRRORED:
+            given, wanted = getattr(self, name), getattr(self.base, name)
+            same = type(given) is type(wanted) if name.endswith("scaler") else given == wanted
+            if given is not None and given != defaults[name] and not same:
+                fail(name, "to be set on base", repr(given))
+            setattr(self, name, wanted)
+
+    def create(self, device: DeviceArg = False, enable_ddp: bool = False) -> Any:
+        """The algorithm of `base` with C4 in it, on `device`."""
+        from .algorithm import armed
+
+        assert self.base is not None
+        return armed(self.base.create(device, enable_ddp), self)
+
+    @staticmethod
+    def get_type() -> str:
+        return "c4"
+
+
+register_learnable(C4Config)

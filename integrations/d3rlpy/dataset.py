@@ -1,0 +1,152 @@
+"""A d3rlpy dataset as Transitions, and Transitions as d3rlpy's batches: no per-transition Python while training."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from d3rlpy.dataset import BasicTransitionPicker, MixedReplayBuffer, ReplayBufferBase
+from d3rlpy.torch_utility import TorchMiniBatch
+from torch import Tensor
+
+from c4buffer import Transitions
+from c4buffer._checks import fail
+
+
+def transitions_of(dataset: ReplayBufferBase, algo: Any = None) -> Transitions:
+    """All transitions of a dataset in the order of its buffer: what its transition picker gives, stacked.
+
+    As d3rlpy has it: an episode that was not terminated loses its last step; a terminal has zeros as next observation
+    and next action. With `algo`, its observation, action and reward scalers are applied (they must have been fitted) and
+    the tensors are on its device: what the algorithm's networks see.
+    """
+    if isinstance(dataset, MixedReplayBuffer):
+        fail(
+            "dataset", "one ReplayBuffer (merge the episodes into one)", "a MixedReplayBuffer, which draws from several"
+        )
+    if dataset.transition_count == 0:
+        fail("dataset", "at least one transition", "an empty dataset")
+    if type(dataset.transition_picker) is BasicTransitionPicker:
+        columns = _from_episodes(dataset.episodes, dataset.transition_count)
+    else:
+        columns = _from_picker(dataset)
+    if algo is not None:
+        columns = _scaled(columns, algo)
+    return Transitions(**columns)
+
+
+def _from_episodes(episodes: Sequence[Any], count: int) -> dict[str, Any]:
+    """The columns of whole episodes; of a first-in-first-out buffer, the last `count` rows."""
+    pieces: dict[str, list[Any]] = {"observations": [], "next_observations": [], "actions": [], "next_actions": []}
+    for episode in episodes:
+        stop = episode.transition_count
+        parts = episode.observations if isinstance(episode.observations, (list, tuple)) else [episode.observations]
+        pieces["observations"].append([part[:stop] for part in parts])
+        pieces["next_observations"].append([_shifted(part, stop) for part in parts])
+        pieces["actions"].append(episode.actions[:stop])
+        pieces["next_actions"].append(_shifted(episode.actions, stop))
+    terminals = [np.zeros(episode.transition_count) for episode in episodes]
+    for flags, episode in zip(terminals, episodes):
+        flags[-1:] = float(episode.terminated)
+    rewards = [episode.rewards[: episode.transition_count] for episode in episodes]
+    return {
+        **{
+            name: _observations([np.concatenate(part)[-count:] for part in zip(*pieces[name])])
+            for name in ("observations", "next_observations")
+        },
+        **{name: _floats(np.concatenate(pieces[name])[-count:]) for name in ("actions", "next_actions")},
+        "rewards": _floats(np.concatenate(rewards)[-count:]),
+        "terminals": _floats(np.concatenate(terminals)[-count:]),
+    }
+
+
+def _shifted(steps: np.ndarray, stop: int) -> np.ndarray:
+    """Rows 1 to stop of an episode; zeros behind its end."""
+    if stop < len(steps):
+        return steps[1 : stop + 1]
+    return np.concatenate([steps[1:], np.zeros_like(steps[:1])])
+
+
+def _from_picker(dataset: ReplayBufferBase) -> dict[str, Any]:
+    """The columns that any other picker gives, one transition at a time, once."""
+    picker, buffer = dataset.transition_picker, dataset.buffer
+    picked = [picker(*buffer[i]) for i in range(dataset.transition_count)]
+
+    def stack(name: str) -> list[np.ndarray]:
+        values = [getattr(transition, name) for transition in picked]
+        return [np.stack(part) for part in (zip(*values) if isinstance(values[0], (list, tuple)) else [values])]
+
+    return {
+        "observations": _observations(stack("observation")),
+        "next_observations": _observations(stack("next_observation")),
+        "actions": _floats(stack("action")[0]),
+        "next_actions": _floats(stack("next_action")[0]),
+        "rewards": _floats(stack("reward")[0]),
+        "terminals": _floats(stack("terminal")[0]),
+        "intervals": _floats(stack("interval")[0]),
+    }
+
+
+def _observations(parts: list[np.ndarray]) -> Any:
+    tensors = tuple(_floats(part) for part in parts)
+    return tensors[0] if len(tensors) == 1 else tensors
+
+
+def _floats(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+
+
+def _scaled(columns: dict[str, Any], algo: Any) -> dict[str, Any]:
+    device = algo._device
+    columns = {
+        name: [part.to(device) for part in value] if isinstance(value, tuple) else value.to(device)
+        for name, value in columns.items()
+    }
+    for scaler, names in (
+        (algo.observation_scaler, ("observations", "next_observations")),
+        (algo.action_scaler, ("actions", "next_actions")),
+        (algo.reward_scaler, ("rewards",)),
+    ):
+        if scaler is not None:
+            columns.update({name: scaler.transform(columns[name]) for name in names})
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in columns.items()}
+
+
+def to_mini_batch(batch: Transitions, device: str) -> TorchMiniBatch:
+    """A sampled batch of scaled transitions as d3rlpy's own record."""
+    observations, next_observations = (
+        list(value) if isinstance(value, tuple) else value for value in (batch.observations, batch.next_observations)
+    )
+    rewards = batch.rewards.unsqueeze(1)
+    return TorchMiniBatch(
+        observations=observations,
+        actions=batch.actions,
+        rewards=rewards,
+        next_observations=next_observations,
+        next_actions=batch.next_actions,
+        returns_to_go=torch.zeros_like(rewards),
+        terminals=batch.terminals.unsqueeze(1),
+        intervals=batch.intervals.unsqueeze(1),
+        device=device,
+    )
+
+
+def from_mini_batch(batch: TorchMiniBatch) -> Transitions:
+    """d3rlpy's record as Transitions, nothing copied and nothing checked."""
+    observations, next_observations = (
+        tuple(value) if isinstance(value, list) else value for value in (batch.observations, batch.next_observations)
+    )
+    terminals = batch.terminals.squeeze(1)
+    return Transitions.unchecked(
+        {
+            "observations": observations,
+            "actions": batch.actions,
+            "rewards": batch.rewards.squeeze(1),
+            "next_observations": next_observations,
+            "terminals": terminals,
+            "timeouts": torch.zeros_like(terminals),
+            "next_actions": batch.next_actions,
+            "has_next_actions": 1 - terminals,
+            "intervals": batch.intervals.squeeze(1),
+        }
+    )

@@ -1,0 +1,69 @@
+"""d3rlpy's networks as Critics."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from c4buffer import Critics
+from c4buffer._checks import fail
+
+
+class _Member(nn.Module):
+    """One Q-function of d3rlpy's ensemble: `(observations, actions) -> [B, 1]`, its expectation."""
+
+    def __init__(self, q_function: nn.Module, forwarder: Any) -> None:
+        super().__init__()
+        self.q_function: Any = q_function
+        self._forwarder = forwarder
+
+    def forward(self, observations: Any, actions: Tensor) -> Tensor:
+        expected: Tensor = self._forwarder.compute_expected_q(_as_d3rlpy(observations), actions)
+        return expected
+
+    def features(self, observations: Any, actions: Tensor) -> Tensor:
+        """The output of the encoder, [B, F]: the last hidden layer."""
+        hidden: Tensor = self.q_function.encoder(_as_d3rlpy(observations), actions)
+        return hidden
+
+
+class _Greedy(nn.Module):
+    """The policy's best action."""
+
+    def __init__(self, impl: Any) -> None:
+        super().__init__()
+        self.policy = impl.policy
+        self._impl = impl
+
+    def forward(self, observations: Any) -> Tensor:
+        with torch.no_grad():
+            action: Tensor = self._impl.inner_predict_best_action(_as_d3rlpy(observations))
+        return action
+
+
+def critics_of(algo: Any, *, next_action: str = "dataset") -> Critics:
+    """The critics of a built d3rlpy algorithm, wrapped or not.
+
+    Args:
+        algo: with continuous actions and an ensemble of Q-functions.
+        next_action: a' of g': "dataset" for the data's, "policy" for the policy's best action.
+    """
+    if getattr(algo, "impl", None) is None:
+        fail("algo", "a built algorithm (call build_with_dataset, build_with_env or fit first)", "one without networks")
+    return critics_of_impl(algo.impl, next_action=next_action)
+
+
+def critics_of_impl(impl: Any, *, next_action: str) -> Critics:
+    """The same, from d3rlpy's implementation object."""
+    modules = impl.modules
+    critic = zip(modules.q_funcs, impl._q_func_forwarder.forwarders)
+    target = zip(modules.targ_q_funcs, impl._targ_q_func_forwarder.forwarders)
+    return Critics(
+        [_Member(*pair) for pair in critic],
+        [_Member(*pair) for pair in target],
+        policy=_Greedy(impl) if next_action == "policy" else None,
+    )
+
+
+def _as_d3rlpy(observations: Any) -> Any:
+    return list(observations) if isinstance(observations, tuple) else observations

@@ -1,0 +1,448 @@
+"""C4 inside d3rlpy: nothing changes without it, and what it adds is exact."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import d3rlpy
+import numpy as np
+import pytest
+import torch
+from d3rlpy.algos import (
+    AWACConfig,
+    BCConfig,
+    CQLConfig,
+    DDPGConfig,
+    DecisionTransformerConfig,
+    DiscreteBCConfig,
+    DQNConfig,
+    IQLConfig,
+    RandomPolicyConfig,
+    ReBRACConfig,
+    SACConfig,
+    TD3Config,
+    TD3PlusBC,
+    TD3PlusBCConfig,
+)
+from d3rlpy.dataset import (
+    Episode,
+    FIFOBuffer,
+    InfiniteBuffer,
+    MixedReplayBuffer,
+    MultiStepTransitionPicker,
+    ReplayBuffer,
+    TransitionMiniBatch,
+)
+from d3rlpy.logging import FileAdapterFactory, NoopAdapterFactory
+from d3rlpy.models.encoders import VectorEncoderFactory
+from d3rlpy.preprocessing import MinMaxActionScaler, MultiplyRewardScaler, StandardObservationScaler
+
+from c4buffer import ClusteredReplayBuffer, CovariancePenalty, Transitions
+from c4buffer.integrations.d3rlpy import C4Config, critics_of, transitions_of, wrap
+from c4buffer.integrations.d3rlpy.dataset import from_mini_batch
+
+SMALL = VectorEncoderFactory([16, 16])
+CONTINUOUS = [
+    TD3PlusBCConfig,
+    IQLConfig,
+    CQLConfig,
+    TD3Config,
+    SACConfig,
+    DDPGConfig,
+    AWACConfig,
+    ReBRACConfig,
+]
+
+
+def episodes(count: int = 6, seed: int = 0, steps: int = 20) -> list[Episode]:
+    """Episodes of 3-dimensional observations and 2-dimensional actions; every second one is terminated."""
+    generator = np.random.default_rng(seed)
+    return [
+        Episode(
+            observations=generator.normal(size=(steps + i, 3)).astype(np.float32),
+            actions=generator.uniform(-1, 1, size=(steps + i, 2)).astype(np.float32),
+            rewards=generator.normal(size=(steps + i, 1)).astype(np.float32),
+            terminated=i % 2 == 0,
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Transitions]:
+    """Every batch that a clustered buffer hands out during the test."""
+    batches: list[Transitions] = []
+    sample = ClusteredReplayBuffer.sample
+
+    def recording(buffer: ClusteredReplayBuffer, batch_size: int) -> Transitions:
+        batches.append(sample(buffer, batch_size))
+        return batches[-1]
+
+    monkeypatch.setattr(ClusteredReplayBuffer, "sample", recording)
+    return batches
+
+
+def dataset_of(parts: list[Episode], **options: Any) -> ReplayBuffer:
+    return ReplayBuffer(options.pop("buffer", InfiniteBuffer()), episodes=parts, **options)
+
+
+def small(config: type, **fields: Any) -> Any:
+    """A config with small networks."""
+    encoders = {
+        name: SMALL
+        for name in ("actor_encoder_factory", "critic_encoder_factory", "value_encoder_factory")
+        if name in {field.name for field in dataclasses.fields(config)}
+    }
+    return config(batch_size=16, **encoders, **fields)
+
+
+def built(config: Any, dataset: ReplayBuffer, seed: int = 0) -> Any:
+    """The algorithm, its scalers fitted and its networks made from the seed."""
+    d3rlpy.seed(seed)
+    algo = config.create()
+    for scaler in (algo.observation_scaler, algo.action_scaler, algo.reward_scaler):
+        if scaler is not None and not scaler.built:
+            scaler.fit_with_transition_picker(dataset.episodes, dataset.transition_picker)
+    algo.build_with_dataset(dataset)
+    return algo
+
+
+def mini_batch(dataset: ReplayBuffer, indices: Any) -> TransitionMiniBatch:
+    return TransitionMiniBatch.from_transitions([dataset.transition_picker(*dataset.buffer[int(i)]) for i in indices])
+
+
+def state_of(algo: Any) -> dict[str, Any]:
+    """Every tensor that d3rlpy would save."""
+    found: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            found[prefix] = value.clone()
+        elif isinstance(value, dict):
+            for key, part in value.items():
+                walk(f"{prefix}.{key}", part)
+        elif isinstance(value, (list, tuple)):
+            for i, part in enumerate(value):
+                walk(f"{prefix}.{i}", part)
+
+    for name, module in algo.impl._checkpointer.modules.items():
+        walk(name, module.state_dict())
+    return found
+
+
+def assert_same_state(one: Any, other: Any) -> None:
+    first, second = state_of(one), state_of(other)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("config", CONTINUOUS)
+def test_one_cluster_and_no_penalty_equals_the_plain_algorithm_bit_for_bit(config: type) -> None:
+    dataset = dataset_of(episodes())
+    plain = built(small(config), dataset)
+    wrapped = built(C4Config(base=small(config), n_clusters=1, penalty_weight=0), dataset)
+    assert_same_state(plain, wrapped)
+    batches = [mini_batch(dataset, np.random.default_rng(i).integers(100, size=16)) for i in range(20)]
+    for algo in (plain, wrapped):
+        d3rlpy.seed(1)
+        for batch in batches:
+            algo.update(batch)
+    assert_same_state(plain, wrapped)
+
+
+@pytest.mark.parametrize("config", [TD3PlusBCConfig, IQLConfig, CQLConfig])
+def test_fit_equals_the_plain_algorithm_fed_the_rows_that_were_drawn(config: type, drawn: list[Transitions]) -> None:
+    dataset = dataset_of(episodes())
+
+    def scaled() -> Any:
+        return small(
+            config,
+            observation_scaler=StandardObservationScaler(),
+            action_scaler=MinMaxActionScaler(),
+            reward_scaler=MultiplyRewardScaler(0.5),
+        )
+
+    plain = built(scaled(), dataset)
+    wrapped = built(C4Config(base=scaled(), n_clusters=1, penalty_weight=0, seed=3), dataset)
+    d3rlpy.seed(1)
+    wrapped.fit(dataset, n_steps=20, n_steps_per_epoch=20, show_progress=False, logger_adapter=NoopAdapterFactory())
+    d3rlpy.seed(1)
+    assert len(drawn) == 20
+    for batch in drawn:
+        plain.update(mini_batch(dataset, batch.indices))
+    assert_same_state(plain, wrapped)
+
+
+@pytest.mark.parametrize("config", CONTINUOUS)
+@pytest.mark.parametrize("scale", ["raw", "relative"])
+def test_the_critics_gradient_is_that_of_the_loss_plus_the_penalty(config: type, scale: str) -> None:
+    dataset = dataset_of(episodes())
+    batch = mini_batch(dataset, range(40, 60))
+    fields = {"penalty_weight": 0.7, "penalty_scale": scale, "penalty_every": 3}
+    plain = built(small(config), dataset)
+    wrapped = built(C4Config(base=small(config), **fields), dataset)
+    before = copy.deepcopy(plain)
+    gradients = []
+    for algo in (plain, wrapped):
+        d3rlpy.seed(1)
+        algo.impl.modules.critic_optim.zero_grad()
+        algo.impl.modules.set_train()
+        # the first half of an update: the critic's gradient, no step
+        torch_batch = torch_batch_of(batch)
+        algo.impl._c4_due = True
+        loss = algo.impl.compute_critic_loss(torch_batch, algo.impl.compute_target(torch_batch))
+        loss.critic_loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in algo.impl.q_function.parameters()])
+    penalty = CovariancePenalty(0.7, scale=scale)(critics_of(before), from_mini_batch(torch_batch_of(batch)))
+    added = torch.autograd.grad(penalty, list(before.impl.q_function.parameters()), allow_unused=True)
+    for without, with_it, extra in zip(*gradients, added):
+        expected = without if extra is None else without + 3 * extra
+        torch.testing.assert_close(with_it, expected, rtol=1e-5, atol=1e-6)
+
+
+def torch_batch_of(batch: TransitionMiniBatch) -> Any:
+    return d3rlpy.torch_utility.TorchMiniBatch.from_batch(batch, 0.99, False, "cpu:0")
+
+
+def test_the_penalty_is_applied_on_every_kth_update_only() -> None:
+    dataset = dataset_of(episodes())
+    algo = built(C4Config(base=small(TD3PlusBCConfig), penalty_every=3), dataset)
+    applied = ["c4_penalty" in algo.update(mini_batch(dataset, range(i, i + 16))) for i in range(7)]
+    assert applied == [True, False, False, True, False, False, True]
+
+
+def test_fit_clusters_draws_from_one_cluster_and_reports(drawn: list[Transitions]) -> None:
+    dataset = dataset_of(episodes(20))
+    algo = C4Config(base=small(TD3PlusBCConfig), n_clusters=2, refresh_interval=5, penalty_every=1, seed=0).create()
+    results = algo.fit(
+        dataset, n_steps=20, n_steps_per_epoch=10, show_progress=False, logger_adapter=NoopAdapterFactory()
+    )
+    assert {batch.cluster for batch in drawn} == {0, 1}
+    metrics = results[-1][1]
+    names = {name for name in metrics if name.startswith("c4_")}
+    assert names == {
+        "c4_penalty",
+        "c4_cross_covariance",
+        "c4_within_cross_covariance",
+        "c4_between_cross_covariance",
+        "c4_smallest_probability",
+        "c4_log_likelihood",
+        "c4_refresh_seconds",
+    }
+    assert all(np.isfinite(metrics[name]) for name in names)
+    assert algo.c4_buffer.probabilities.sum() == pytest.approx(1)
+    assert "sample_transition_batch" not in vars(dataset)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"embedding": "features", "penalty_kind": "feature"},
+        {"next_action": "policy", "penalty_scale": "correlation"},
+        {"penalty_weight": 0, "n_clusters": 1},
+    ],
+)
+@pytest.mark.parametrize("config", CONTINUOUS)
+def test_every_option_trains_every_algorithm(config: type, fields: dict[str, Any]) -> None:
+    algo = C4Config(base=small(config), refresh_interval=3, penalty_every=2, **fields).create()
+    (_, metrics), = algo.fit(
+        dataset_of(episodes(10)), n_steps=6, n_steps_per_epoch=6, show_progress=False, logger_adapter=NoopAdapterFactory()
+    )  # fmt: skip
+    assert all(np.isfinite(value) for value in metrics.values())
+
+
+def test_wrap_keeps_weights_optimizer_state_and_step_count_of_a_trained_algorithm() -> None:
+    dataset = dataset_of(episodes())
+    algo = built(small(TD3PlusBCConfig), dataset)
+    for i in range(5):
+        algo.update(mini_batch(dataset, range(i, i + 16)))
+    before, unwrapped = state_of(algo), copy.deepcopy(algo)
+    wrapped = wrap(algo, n_clusters=2, penalty_weight=0)
+    assert wrapped is algo
+    assert isinstance(wrapped, TD3PlusBC)
+    assert wrapped.grad_step == 5
+    after = state_of(wrapped)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    for other in (unwrapped, wrapped):
+        d3rlpy.seed(2)
+        other.update(mini_batch(dataset, range(16)))
+    assert_same_state(unwrapped, wrapped)
+
+
+def test_wrap_of_an_unbuilt_algorithm_trains_like_the_config() -> None:
+    dataset = dataset_of(episodes(10))
+    d3rlpy.seed(0)
+    one = wrap(small(TD3PlusBCConfig).create(), n_clusters=2, seed=0)
+    quiet = {"n_steps": 5, "n_steps_per_epoch": 5, "show_progress": False, "logger_adapter": NoopAdapterFactory()}
+    one.fit(dataset, **quiet)
+    d3rlpy.seed(0)
+    other = C4Config(base=small(TD3PlusBCConfig), n_clusters=2, seed=0).create()
+    other.fit(dataset, **quiet)
+    assert_same_state(one, other)
+
+
+def test_save_load_and_continue(tmp_path: Path) -> None:
+    dataset = dataset_of(episodes(10))
+    config = small(TD3PlusBCConfig, observation_scaler=StandardObservationScaler())
+    algo = C4Config(base=config, n_clusters=2, penalty_weight=0.3, seed=0).create()
+    quiet = {"n_steps": 5, "n_steps_per_epoch": 5, "show_progress": False, "logger_adapter": NoopAdapterFactory()}
+    algo.fit(dataset, **quiet)
+    algo.save(str(tmp_path / "algo.d3"))
+    loaded = d3rlpy.load_learnable(str(tmp_path / "algo.d3"))
+    assert type(loaded) is type(algo)
+    assert_same_state(algo, loaded)
+    observations = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
+    np.testing.assert_array_equal(algo.predict(observations), loaded.predict(observations))
+    assert json.loads(loaded.config.serialize()) == json.loads(algo.config.serialize())
+    assert loaded.config.penalty_weight == 0.3
+    loaded.fit(dataset, **quiet)
+    assert loaded.grad_step == 5
+    assert not torch.equal(next(loaded.impl.q_function.parameters()), next(algo.impl.q_function.parameters())), (
+        "training did not go on"
+    )
+
+
+def test_params_json_makes_the_same_algorithm_again(tmp_path: Path) -> None:
+    algo = C4Config(base=small(IQLConfig), n_clusters=5, next_action="policy").create()
+    algo.fit(
+        dataset_of(episodes(10)), n_steps=2, n_steps_per_epoch=2, show_progress=False,
+        experiment_name="run", with_timestamp=False, logger_adapter=FileAdapterFactory(root_dir=str(tmp_path)),
+    )  # fmt: skip
+    again = d3rlpy.algos.IQL.from_json(str(tmp_path / "run" / "params.json"))
+    assert type(again) is type(algo)
+    assert again.config.n_clusters == 5
+    assert again.config.next_action == "policy"
+    assert again.batch_size == 16
+    assert (tmp_path / "run" / "c4_cross_covariance.csv").exists()
+
+
+def test_transitions_of_equals_what_the_picker_gives() -> None:
+    for dataset in (dataset_of(episodes()), dataset_of(episodes(), buffer=FIFOBuffer(limit=50))):
+        transitions = transitions_of(dataset)
+        expected = mini_batch(dataset, range(dataset.transition_count))
+        assert len(transitions) == dataset.transition_count
+        for name in ("observations", "actions", "next_observations", "next_actions"):
+            np.testing.assert_array_equal(getattr(transitions, name).numpy(), getattr(expected, name))
+        for name in ("rewards", "terminals"):
+            np.testing.assert_array_equal(getattr(transitions, name).numpy(), getattr(expected, name)[:, 0])
+
+
+def test_transitions_of_a_multi_step_picker_and_of_tuple_observations() -> None:
+    dataset = dataset_of(episodes(), transition_picker=MultiStepTransitionPicker(n_steps=3, gamma=0.99))
+    transitions = transitions_of(dataset)
+    expected = mini_batch(dataset, range(dataset.transition_count))
+    np.testing.assert_array_equal(transitions.intervals.numpy(), expected.intervals[:, 0])
+    np.testing.assert_array_equal(transitions.next_observations.numpy(), expected.next_observations)
+
+    pairs = [
+        Episode(
+            observations=[part.observations, part.observations[:, :2]],
+            actions=part.actions,
+            rewards=part.rewards,
+            terminated=part.terminated,
+        )
+        for part in episodes()
+    ]
+    transitions = transitions_of(dataset_of(pairs))
+    assert isinstance(transitions.observations, tuple)
+    assert [leaf.shape[1] for leaf in transitions.observations] == [3, 2]
+
+
+def test_global_generators_move_as_without_c4() -> None:
+    dataset = dataset_of(episodes(10))
+    algo = built(C4Config(base=small(DDPGConfig), n_clusters=2, seed=0), dataset)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    numpy_state = np.random.get_state()[1].copy()
+    torch_state = torch.get_rng_state().clone()
+    algo.fit(dataset, n_steps=5, n_steps_per_epoch=5, show_progress=False, logger_adapter=NoopAdapterFactory())
+    assert torch.equal(torch_state, torch.get_rng_state())
+    np.testing.assert_array_equal(numpy_state, np.random.get_state()[1])
+
+
+def test_deepcopy_and_copy_policy_from_work_on_a_wrapped_algorithm() -> None:
+    dataset = dataset_of(episodes())
+    algo = built(C4Config(base=small(TD3PlusBCConfig)), dataset)
+    twin = copy.deepcopy(algo)
+    twin.update(mini_batch(dataset, range(16)))
+    other = built(small(TD3PlusBCConfig), dataset, seed=9)
+    other.copy_policy_from(algo)
+    for mine, theirs in zip(other.impl.policy.parameters(), algo.impl.policy.parameters()):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("config", [BCConfig, DiscreteBCConfig, RandomPolicyConfig])
+def test_algorithms_without_a_critic_are_refused_with_the_reason(config: type) -> None:
+    with pytest.raises(ValueError, match="algo: expected a Q-learning algorithm, got .* which has no critic"):
+        wrap(config().create())
+    with pytest.raises(ValueError, match="has no critic"):
+        C4Config(base=config()).create()
+
+
+@pytest.mark.parametrize("config", [DQNConfig, DecisionTransformerConfig])
+def test_other_algorithms_are_refused(config: type) -> None:
+    with pytest.raises(ValueError, match="algo: expected"):
+        wrap(config().create())
+
+
+def test_a_second_wrap_is_refused_and_changes_nothing() -> None:
+    algo = wrap(small(TD3PlusBCConfig).create(), n_clusters=2)
+    with pytest.raises(
+        ValueError, match="algo: expected an algorithm without C4, got a C4TD3PlusBC, which is wrapped already"
+    ):
+        wrap(algo, n_clusters=7)
+    assert algo.config.n_clusters == 2
+    with pytest.raises(ValueError, match="base: expected a config without C4"):
+        C4Config(base=C4Config(base=TD3PlusBCConfig()))
+
+
+def test_a_refused_wrap_leaves_the_algorithm_as_it_was() -> None:
+    algo = small(TD3PlusBCConfig).create()
+    with pytest.raises(ValueError, match="n_clusters: expected an integer of at least 1, got 0"):
+        wrap(algo, n_clusters=0)
+    assert type(algo) is TD3PlusBC
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"base": None}, "base: expected a d3rlpy config"),
+        ({"embedding": "values"}, "embedding: expected one of 'gradients', 'features', got 'values'"),
+        ({"penalty_weight": -1}, "penalty_weight: expected a finite number at least 0, got -1"),
+        ({"penalty_weight": float("nan")}, "penalty_weight: expected a finite number"),
+        ({"penalty_every": 0}, "penalty_every: expected an integer of at least 1, got 0"),
+        ({"next_action": "best"}, "next_action: expected one of"),
+        ({"batch_size": 32}, "batch_size: expected to be set on base, got 32"),
+        ({"observation_scaler": StandardObservationScaler()}, "observation_scaler: expected to be set on base"),
+    ],
+)
+def test_wrong_fields_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        C4Config(**{"base": TD3PlusBCConfig(), **fields})
+
+
+def test_datasets_and_calls_that_do_not_fit_are_refused() -> None:
+    one = dataset_of(episodes())
+    with pytest.raises(ValueError, match="dataset: expected one ReplayBuffer"):
+        transitions_of(MixedReplayBuffer(one, dataset_of(episodes(seed=1)), secondary_mix_ratio=0.5))
+    with pytest.raises(ValueError, match="algo: expected a built algorithm"):
+        critics_of(small(TD3PlusBCConfig).create())
+    with pytest.raises(ValueError, match="fit_online: expected offline training"):
+        C4Config(base=small(SACConfig)).create().fit_online(None)
+
+
+def test_more_clusters_than_transitions_are_refused_by_fit() -> None:
+    algo = C4Config(base=small(TD3PlusBCConfig), n_clusters=300).create()
+    with pytest.raises(ValueError, match="n_clusters: expected at most the 132 transitions held, got 300"):
+        algo.fit(
+            dataset_of(episodes()),
+            n_steps=1,
+            n_steps_per_epoch=1,
+            show_progress=False,
+            logger_adapter=NoopAdapterFactory(),
+        )

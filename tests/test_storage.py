@@ -1,0 +1,210 @@
+"""The ring: what it holds after any writes, what it refuses, and that nothing drawn from it is a view."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from c4buffer import Transitions
+from c4buffer.storage import RingStorage
+from c4buffer.transitions import observation_leaves
+
+CPU = torch.device("cpu")
+
+
+def counted(start: int, count: int, **fields: Any) -> Transitions:
+    """Rows start, start + 1, ...: every field tells its row."""
+    row = torch.arange(start, start + count)
+    columns: dict[str, Any] = {
+        "observations": torch.stack([row, -row], dim=1).float(),
+        "actions": row.float().unsqueeze(1) + 0.5,
+        "rewards": row.float() * 10,
+        "next_observations": torch.stack([row, -row], dim=1).float() + 1,
+        "terminals": (row % 3 == 2).float(),
+        "timeouts": (row % 3 != 2).float(),  # every row is an end, so that none is closed on the way
+        "next_actions": row.float().unsqueeze(1) + 0.25,
+        "has_next_actions": (row % 2).float(),
+        "intervals": (row % 4 + 1).float(),
+    }
+    return Transitions(**{**columns, **fields})
+
+
+def images(start: int, count: int) -> Tensor:
+    return torch.arange(start, start + count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 2, 3, 3).contiguous()
+
+
+FORMS: dict[str, Any] = {
+    "vector": lambda start, count: counted(start, count).observations,
+    "uint8 image": images,
+    "dict": lambda start, count: {"b": images(start, count), "a": counted(start, count).observations},
+    "tuple": lambda start, count: (counted(start, count).observations, images(start, count)),
+}
+
+
+def in_form(form: str, start: int, count: int, **fields: Any) -> Transitions:
+    return counted(start, count, observations=FORMS[form](start, count),
+                   next_observations=FORMS[form](start + 1, count), **fields)  # fmt: skip
+
+
+def leaves(transitions: Transitions) -> list[Tensor]:
+    return [leaf for _, value in transitions.columns() for leaf in observation_leaves(value)]
+
+
+def assert_same_rows(one: Transitions, other: Transitions) -> None:
+    assert len(leaves(one)) == len(leaves(other))
+    for a, b in zip(leaves(one), leaves(other)):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+def everything(storage: RingStorage) -> Transitions:
+    return storage.gather(torch.arange(len(storage)))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(capacity=st.integers(1, 8), counts=st.lists(st.integers(1, 20), min_size=1, max_size=8))
+def test_ring_holds_what_a_plain_list_holds_over_any_wraps(capacity: int, counts: list[int]) -> None:
+    storage = RingStorage(capacity, device=CPU)
+    oracle: list[int] = []  # the row in each slot
+    written = 0
+    for count in counts:
+        slots = storage.write(counted(written, count))
+        for row in range(written, written + count):
+            if row < capacity:
+                oracle.append(row)
+            else:
+                oracle[row % capacity] = row
+        last = range(max(written, written + count - capacity), written + count)
+        assert slots.tolist() == [row % capacity for row in last]
+        written += count
+        assert len(storage) == len(oracle) == min(written, capacity)
+        expected = counted(0, written)[torch.tensor(oracle)]
+        assert_same_rows(everything(storage), expected)
+        assert_same_rows(storage.rows(0, len(storage)), expected)
+        assert [row for row in range(written + 1) if storage.holds(row)] == sorted(oracle)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_observation_comes_back_with_its_structure_and_dtype(form: str) -> None:
+    storage = RingStorage(4, device=CPU)
+    storage.write(in_form(form, 0, 3))
+    storage.write(in_form(form, 3, 3))
+    rows = torch.tensor([4, 5, 2, 3])
+    held = everything(storage)
+    assert_same_rows(held, in_form(form, 0, 6)[rows])
+    assert type(held.observations) is type(FORMS[form](0, 1))
+
+
+def test_discrete_actions_stay_int64() -> None:
+    storage = RingStorage(2, device=CPU)
+    storage.write(counted(0, 3, actions=torch.tensor([3, 1, 2]), next_actions=torch.tensor([1, 2, 2])))
+    held = everything(storage)
+    assert held.actions.tolist() == [2, 1]
+    assert held.next_actions.tolist() == [2, 2]
+    assert held.actions.dtype == held.next_actions.dtype == torch.int64
+
+
+def test_more_rows_than_capacity_leaves_the_last() -> None:
+    storage = RingStorage(3, device=CPU)
+    assert storage.write(counted(0, 10)).tolist() == [1, 2, 0]
+    assert everything(storage).rewards.tolist() == [90.0, 70.0, 80.0]
+
+
+def test_one_row_ring_holds_the_newest() -> None:
+    storage = RingStorage(1, device=CPU)
+    for start in range(3):
+        assert storage.write(counted(start, 1)).tolist() == [0]
+        assert everything(storage).rewards.tolist() == [10.0 * start]
+    storage.write(counted(3, 5))
+    assert everything(storage).rewards.tolist() == [70.0]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gathered_rows_are_copies(form: str) -> None:
+    storage = RingStorage(5, device=CPU)
+    storage.write(in_form(form, 0, 5))
+    for leaf in leaves(everything(storage)):
+        leaf.zero_()
+    assert_same_rows(everything(storage), in_form(form, 0, 5))
+
+
+def test_written_rows_are_copies() -> None:
+    storage = RingStorage(5, device=CPU)
+    given = counted(0, 5)
+    storage.write(given)
+    for leaf in leaves(given):
+        leaf.zero_()
+    assert_same_rows(everything(storage), counted(0, 5))
+
+
+def test_gathered_rows_name_their_slots_and_cluster() -> None:
+    storage = RingStorage(5, device=CPU)
+    storage.write(counted(0, 5))
+    batch = storage.gather(torch.tensor([3, 3, 0]), cluster=2)
+    assert batch.indices is not None
+    assert batch.indices.tolist() == [3, 3, 0]
+    assert batch.cluster == 2
+    assert batch.rewards.tolist() == [30.0, 30.0, 0.0]
+
+
+def test_link_reaches_one_row_only() -> None:
+    storage = RingStorage(4, device=CPU)
+    storage.write(counted(0, 6, has_next_actions=torch.zeros(6)))
+    storage.link(4, torch.tensor([-1.0]))
+    held = everything(storage)
+    assert held.next_actions.squeeze(1).tolist() == [-1.0, 5.25, 2.25, 3.25]
+    assert held.has_next_actions.tolist() == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_rows_and_their_slots_live_on_the_device_of_the_storage() -> None:
+    storage = RingStorage(4, device=torch.device("meta"))
+    storage.write(in_form("dict", 0, 6))
+    batch = storage.gather(torch.tensor([1, 2]))
+    assert batch.indices is not None
+    assert {leaf.device.type for leaf in [*leaves(batch), batch.indices]} == {"meta"}
+
+
+def both(observations: Any) -> dict[str, Any]:
+    return {"observations": observations, "next_observations": observations}
+
+
+OTHER_FORMS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "wider observations": (
+        "vector",
+        both(torch.zeros(2, 7)),
+        r"^observations: expected rows like those stored, \[2\] torch.float32, got \[7\] torch.float32$",
+    ),
+    "float64 observations": ("vector", both(torch.zeros(2, 2).double()), "^observations: .*float32, got .*float64$"),
+    "wider actions": (
+        "vector",
+        {"actions": torch.zeros(2, 4), "next_actions": torch.zeros(2, 4)},
+        r"^actions: expected .*\[1\] torch.float32, got \[4\] torch.float32$",
+    ),
+    "discrete actions": (
+        "vector",
+        {"actions": torch.zeros(2).long(), "next_actions": torch.zeros(2).long()},
+        r"^actions: expected .*\[1\] torch.float32, got \[\] torch.int64$",
+    ),
+    "float64 rewards": ("vector", {"rewards": torch.zeros(2).double()}, "^rewards: .*float32, got .*float64$"),
+    "other keys": ("dict", both({"a": torch.zeros(2, 2), "c": images(0, 2)}), "^observations: .*'b'.*, got .*'c'"),
+    "tuple for dict": ("dict", both((torch.zeros(2, 2), images(0, 2))), r"^observations: .*\{'a'.*, got \("),
+    "tuple for tensor": ("vector", both((torch.zeros(2, 2),)), r"^observations: .*\[2\] torch.float32, got \("),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_FORMS)
+def test_rows_of_another_form_are_refused_and_nothing_changes(case: str) -> None:
+    form, fields, message = OTHER_FORMS[case]
+    storage = RingStorage(4, device=CPU)
+    storage.write(in_form(form, 0, 3))
+    other = {"observations": FORMS[form](0, 2), "next_observations": FORMS[form](1, 2), **fields}
+    with pytest.raises(ValueError, match=message):
+        storage.write(counted(0, 2, **other))
+    assert len(storage) == storage.written == 3
+    assert_same_rows(everything(storage), in_form(form, 0, 3))
+    assert storage.write(in_form(form, 3, 1)).tolist() == [3]
