@@ -15,7 +15,7 @@ from .clustering import Clusterer, MixtureClusterer, squared_distances_to_means
 from .critics import CHUNK_ROWS, Critics, stacked_features, stacked_gradients
 from .losses.covariance import decompose_cross_covariance
 from .mixture import MixtureResult
-from .refresh import Every, RefreshPolicy
+from .refresh import RefreshPolicy
 from .sampling import SingleClusterSampler, check_responsibilities
 from .storage import RingStorage
 from .transitions import Observations, Transitions
@@ -60,8 +60,8 @@ class ClusteredReplayBuffer:
         n_clusters: K, for the default clusterer.
         embedding: what is clustered: "gradients" (`stacked_gradients`), "features" (`stacked_features`) or a callable
             `(critics, transitions) -> [N, E]`.
-        refresh: when to cluster again: `Every(n)` or any `(step, buffer) -> bool`. None: every max(1000, N // 10)
-            batches, N being the transitions held at the last refresh.
+        refresh: when to cluster again: `Every(n)` or any `(step, buffer) -> bool`. None: max(1000, N // 10) batches
+            after the last refresh, N being the transitions held then; the first as soon as critics are attached.
         clusterer: how to cluster. None: `MixtureClusterer(n_clusters, warm_start=False)`.
         assignment: "soft": a transition is drawn with each cluster by its responsibility; "hard": with its arg-max one.
         replacement: within a cluster.
@@ -111,11 +111,11 @@ class ClusteredReplayBuffer:
         self._clusterer = clusterer or MixtureClusterer(n_clusters, generator=generator, warm_start=False)
         self._embedding = embedding
         self._refresh_policy = refresh
-        self._default_policy = Every(1000)
         self._storage = RingStorage(capacity, device=self.device if storage == "device" else torch.device("cpu"))
         self._sampler = SingleClusterSampler(generator=generator, assignment=assignment, replacement=replacement)
         self._critics: Critics | None = None
         self._batches = 0
+        self._next_refresh = 0  # the batch before which one is due, where no policy was given
         self._last_report: RefreshReport | None = None
         self._last_rows: dict[int, int] = {}  # of each environment: its last row, while that waits for its next action
 
@@ -197,7 +197,7 @@ class ClusteredReplayBuffer:
         Raises:
             ValueError: from an empty buffer, or for more than it holds when drawing without replacement.
         """
-        if self._critics is not None and len(self) and self._policy(self._batches, self):
+        if self._critics is not None and len(self) and self._due():
             self.refresh()
         slots, cluster = self._sampler.sample(batch_size)
         self._batches += 1
@@ -239,7 +239,7 @@ class ClusteredReplayBuffer:
             within=norms[1],
             between=norms[2],
         )
-        self._default_policy = Every(max(1000, len(self) // 10))
+        self._next_refresh = self._batches + max(1000, len(self) // 10)
         return self._last_report
 
     @property
@@ -267,9 +267,11 @@ class ClusteredReplayBuffer:
         """The report of the last refresh."""
         return self._last_report
 
-    @property
-    def _policy(self) -> RefreshPolicy:
-        return self._default_policy if self._refresh_policy is None else self._refresh_policy
+    def _due(self) -> bool:
+        # Counted from the last refresh: while N grows, multiples of N // 10 can follow each other batch by batch.
+        if self._refresh_policy is None:
+            return self._batches >= self._next_refresh
+        return self._refresh_policy(self._batches, self)
 
     def _embed(self, critics: Critics) -> Tensor:
         embed = EMBEDDINGS[self._embedding] if isinstance(self._embedding, str) else self._embedding

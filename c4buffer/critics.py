@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -57,9 +59,9 @@ class Critics:
 
     @functools.cached_property
     def modules(self) -> tuple[nn.Module, ...]:
-        """Every network module that is reached through critic, target, policy and encode."""
+        """Every network module that is reached through critic, target, policy, features and encode."""
         found: dict[nn.Module, None] = {}
-        for part in (self.critic, self.target, self.policy, self.encode):
+        for part in (self.critic, self.target, self.policy, self.features, self.encode):
             for root in _modules_behind(part):
                 found.update(dict.fromkeys(root.modules()))
         return tuple(found)
@@ -106,14 +108,23 @@ def members_of(critic: Any) -> Sequence[Any]:
     return [critic]
 
 
-def _modules_behind(part: Any) -> list[nn.Module]:
+def _modules_behind(part: Any, depth: int = 4) -> list[nn.Module]:
+    """The networks that a callable is, holds, or names in its body; found within `depth` steps."""
     if isinstance(part, nn.Module):
         return [part]
+    held: Iterable[Any] = ()
     if isinstance(part, (list, tuple)):
-        return [module for member in part for module in _modules_behind(member)]
-    if isinstance(part, functools.partial):
-        return _modules_behind([part.func, *part.args, *part.keywords.values()])
-    return _modules_behind(getattr(part, "__self__", None)) if hasattr(part, "__self__") else []
+        held = part
+    elif isinstance(part, functools.partial):
+        held = [part.func, *part.args, *part.keywords.values()]
+    elif inspect.ismethod(part):
+        held = [part.__self__]
+    elif inspect.isfunction(part):
+        named = inspect.getclosurevars(part)
+        held = [*named.nonlocals.values(), *named.globals.values()]
+    elif hasattr(part, "__dict__") and not isinstance(part, (type, ModuleType)):
+        held, depth = vars(part).values(), min(depth, 2)  # an agent holds networks, but also environments and data
+    return [module for value in held for module in _modules_behind(value, depth - 1)] if depth else []
 
 
 def member_values(critic: Any, observations: Observations, actions: Tensor, *, name: str = "critic") -> list[Tensor]:
@@ -238,7 +249,7 @@ def _mean_gradient(critic: Any, observations: Observations, actions: Tensor, *, 
     with torch.enable_grad():
         values = member_values(critic, observations, actions, name=name)
         mean = torch.stack(values).mean(dim=0)
-    check_finite(name, mean, hint="; has the training diverged?")
+    check_finite(name, mean.detach(), hint="; has the training diverged?")
     gradient = torch.cat(flat_gradients([mean], leaves, create_graph=False, name=name), dim=1)
     check_finite(f"gradient of {name}", gradient, hint="; has the training diverged?")
     return gradient

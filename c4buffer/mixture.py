@@ -133,12 +133,16 @@ class GaussianMixture:
                 start, E-step first.
 
         Raises:
-            ValueError: for X that is empty or not finite, or an `initial` that does not fit X.
+            ValueError: for X that is empty, not finite or too wide for its squares to be, or an `initial` that does not
+                fit X.
 
         Warns:
             UserWarning: when X has fewer distinct rows than components; K is lowered to their number.
         """
         X = _checked_rows(X)
+        spread, limit = float((X.amax(dim=0) - X.amin(dim=0)).max()), (torch.finfo(X.dtype).max / X.numel()) ** 0.5
+        if spread > limit:
+            fail("X", f"columns that span at most {limit:g}, so that {X.dtype} holds their squares", f"{spread:g}")
         em = _ExpectationMaximisation(X, self.covariance, self.regularization)
         if initial is None:
             parameters = em.maximise_from(self._start(X))
@@ -219,8 +223,8 @@ class _ExpectationMaximisation:
         total = self.X.new_zeros((), dtype=torch.float64)
         factors = self._factors(parameters)
         for rows, chunk in self._chunks(len(parameters.weights)):
-            log_r, log_density = self._expect(self._differences(chunk, parameters.means), factors)
-            responsibilities[rows] = log_r.exp().T
+            r, log_density = self._expect(self._differences(chunk, parameters.means), factors)
+            responsibilities[rows] = r.T
             total += log_density.sum(dtype=torch.float64)
         return responsibilities, float(total) / len(self.X)
 
@@ -231,8 +235,8 @@ class _ExpectationMaximisation:
         factors = self._factors(parameters)
         for _, chunk in self._chunks(len(parameters.weights)):
             differences = self._differences(chunk, parameters.means)
-            log_r, log_density = self._expect(differences, factors)
-            moments.add(log_r.exp_(), differences)
+            r, log_density = self._expect(differences, factors)
+            moments.add(r, differences)
             total += log_density.sum(dtype=torch.float64)
         log_likelihood = float(total) / len(self.X)
         return self._maximise(moments, parameters.means, parameters), log_likelihood
@@ -243,7 +247,7 @@ class _ExpectationMaximisation:
         sums = torch.zeros(len(mass), self.X.shape[1], dtype=torch.float64, device=self.X.device)
         for rows, chunk in self._chunks(1):
             sums += (responsibilities[rows].T @ (chunk - self.origin)).double()
-        centres = sums / mass.clamp(min=EMPTY_MASS).unsqueeze(1)
+        centres = sums / mass.clamp(min=torch.finfo(mass.dtype).tiny).unsqueeze(1)
         moments = _Moments.zeros(centres, self.covariance)
         for rows, chunk in self._chunks(len(mass)):
             moments.add(responsibilities[rows].T, self._differences(chunk, centres))
@@ -251,7 +255,7 @@ class _ExpectationMaximisation:
 
     def _maximise(self, moments: _Moments, centres: Tensor, previous: _Parameters | None) -> _Parameters:
         """The M-step from moments that were taken around `centres` [K, E]."""
-        mass = moments.mass.clamp(min=EMPTY_MASS)
+        mass = moments.mass.clamp(min=torch.finfo(moments.mass.dtype).tiny)
         step = moments.first / mass.unsqueeze(1)  # mu_z - centre_z
         per_row = mass.view(-1, 1) if self.covariance == "diag" else mass.view(-1, 1, 1)
         covariances = moments.second / per_row
@@ -277,7 +281,8 @@ class _ExpectationMaximisation:
                 self._expect(self._differences(chunk, previous.means), factors)[1]
                 for _, chunk in self._chunks(len(previous.weights))
             ])  # fmt: skip
-        worst = explained.topk(len(vacant), largest=False).indices
+        worst = explained.topk(min(len(vacant), len(explained)), largest=False).indices
+        worst = worst[torch.arange(len(vacant), device=worst.device) % len(worst)]
         means, weights = parameters.means.clone(), parameters.weights.clone()
         means[vacant] = (self.X[worst] - self.origin).double()
         weights[vacant] = 1 / len(weights)
@@ -308,15 +313,19 @@ class _ExpectationMaximisation:
             whiten = torch.linalg.solve_triangular(lower, identity, upper=False).mT  # [K or 1, E, E]
             log_determinant = -lower.diagonal(dim1=-2, dim2=-1).log().sum(dim=1)
         log_scale = parameters.weights.log() + log_determinant - 0.5 * dimensions * LOG_2PI
-        return whiten.to(self.X.dtype).contiguous(), log_scale.to(self.X.dtype).unsqueeze(1)
+        reach = torch.finfo(self.X.dtype).max ** 0.5
+        return whiten.clamp(-reach, reach).to(self.X.dtype).contiguous(), log_scale.to(self.X.dtype).unsqueeze(1)
 
     def _expect(self, differences: Tensor, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """log r [K, n] and log sum_z p_z N(x | mu_z, Omega_z) [n] for differences [K, n, E]."""
+        """r [K, n] and log sum_z p_z N(x | mu_z, Omega_z) [n] for differences [K, n, E]."""
         whiten, log_scale = factors
         whitened = differences * whiten if self.covariance == "diag" else differences @ whiten
-        log_joint = torch.linalg.vector_norm(whitened, dim=2).square_().mul_(-0.5).add_(log_scale)
-        log_density = torch.logsumexp(log_joint, dim=0)
-        return log_joint.sub_(log_density), log_density
+        # A distance that overflows is as far from one component as from the next.
+        far = torch.finfo(whitened.dtype).max / 4
+        squared = torch.linalg.vector_norm(whitened, dim=2).square_().nan_to_num_(nan=far, posinf=far)
+        log_joint = squared.mul_(-0.5).add_(log_scale)
+        # Not exp(log_joint - log_density): far out, the rounding of these two is no longer small against one.
+        return log_joint.softmax(dim=0), log_joint.logsumexp(dim=0)
 
     def _differences(self, chunk: Tensor, means: Tensor) -> Tensor:
         """x - mu_z, [K, n, E]."""
@@ -359,6 +368,7 @@ def _cholesky(covariances: Tensor) -> Tensor:
     scale = covariances.diagonal(dim1=-2, dim2=-1).mean(dim=1).abs().clamp(min=torch.finfo(covariances.dtype).tiny)
     jitter = 1e-12
     while bool((info != 0).any()):
+        check_finite("covariances", covariances)  # no jitter would ever help
         amount = torch.where(info != 0, jitter * scale, torch.zeros_like(scale))
         eye = torch.eye(covariances.shape[1], dtype=covariances.dtype, device=covariances.device)
         lower, info = torch.linalg.cholesky_ex(covariances + amount.view(-1, 1, 1) * eye)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Union
 
 import torch
@@ -163,7 +165,8 @@ class Transitions:
 
     def __getitem__(self, index: Any) -> Transitions:
         """The rows at `index`: an int (one row, the axis is kept), a slice, int64 indices [M] or a bool mask [N]."""
-        if isinstance(index, int):
+        if isinstance(index, Integral) or getattr(index, "ndim", 1) == 0:
+            index = operator.index(index)
             if not -len(self) <= index < len(self):
                 raise IndexError(f"index: expected a row of {len(self)} transitions, got {index}")
             index = slice(index, index + 1 or None)
@@ -226,7 +229,7 @@ def _link_actions(actions: Tensor, terminals: Tensor, timeouts: Tensor, interval
     done = (terminals + timeouts) > 0
     episode = torch.cumsum(done, dim=0) - done.long()
     here = torch.arange(rows, device=actions.device)
-    ahead = here + intervals.long()
+    ahead = here + intervals.clamp(max=rows).long()
     linked = ahead < rows
     linked &= episode[ahead.clamp(max=rows - 1)] == episode
     return actions[torch.where(linked, ahead, here)], linked.to(terminals.dtype)
@@ -256,17 +259,17 @@ def _check_same_form(
 ) -> None:
     """Same structure, shapes and dtypes; `rows=False` lets the number of rows differ."""
 
-    def form(observations: Observations) -> Any:
-        leaves = [(list(leaf.shape if rows else leaf.shape[1:]), leaf.dtype) for leaf in observation_leaves(observations)]
-        names = sorted(observations) if isinstance(observations, Mapping) else type(observations) is tuple
-        return names, leaves
+    def form(observations: Observations) -> str:
+        leaves = [
+            f"[{', '.join(map(str, leaf.shape if rows else ['N', *leaf.shape[1:]]))}] {leaf.dtype}"
+            for leaf in observation_leaves(observations)
+        ]
+        if isinstance(observations, Mapping):
+            return "{" + ", ".join(f"{key!r}: {leaf}" for key, leaf in zip(sorted(observations), leaves)) + "}"
+        return f"({', '.join(leaves)})" if isinstance(observations, tuple) else leaves[0]
 
     if form(one) != form(other):
-        described = [
-            ", ".join(f"{shape_of(leaf)} {leaf.dtype}" for leaf in observation_leaves(observations))
-            for observations in (one, other)
-        ]
-        fail(argument, f"the form of observations, {described[0]}", described[1])
+        fail(argument, f"the form of observations, {form(one)}", form(other))
 
 
 def _as_actions(argument: str, value: Any, rows: int) -> Tensor:
@@ -279,7 +282,7 @@ def _as_actions(argument: str, value: Any, rows: int) -> Tensor:
     else:
         if actions.dtype == torch.bool:
             fail(argument, "floating or integer values", "bool")
-        actions = _as_scalars(argument, actions, len(actions)).long()
+        actions = _as_scalars(argument, actions, rows).long()
     if len(actions) != rows:
         fail(argument, f"{rows} rows, as many as observations", len(actions))
     return actions
@@ -306,7 +309,7 @@ def _as_flags(argument: str, value: Any, rows: int, *, like: Tensor) -> Tensor:
 
 def _as_intervals(value: Any, rows: int, *, like: Tensor) -> Tensor:
     intervals = _as_scalars("intervals", value, rows).to(like)
-    wrong = (~((intervals >= 1) & (intervals == intervals.floor()))).nonzero()
+    wrong = (~((intervals >= 1) & (intervals == intervals.floor()) & intervals.isfinite())).nonzero()
     if len(wrong):
         fail("intervals", "whole numbers from 1", f"{float(intervals[wrong[0, 0]])} in row {int(wrong[0, 0])}")
     return intervals

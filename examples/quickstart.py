@@ -1,6 +1,6 @@
 """TD3+BC on 10,000 transitions of Hopper, plain and with C4: trained side by side, measured, and drawn.
 
-    python examples/quickstart.py                            # 40,000 updates: some ten minutes on two cores
+    python examples/quickstart.py                            # 48,000 updates: some ten minutes on two cores
     python examples/quickstart.py --updates 4000             # a first look
     python examples/quickstart.py --data medium-replay       # where plain TD3+BC does not break
 
@@ -17,6 +17,7 @@ import logging
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from c4buffer import MixtureClusterer, decompose_cross_covariance, load_d4rl, plots, stacked_gradients
+from c4buffer import MixtureClusterer, load_d4rl, plots, stacked_gradients
 
 ROOT = Path(__file__).parent.parent
 ARMS = ("plain", "C4")
 RETURNS = (-20.272305, 3234.3)  # D4RL's reference returns of Hopper: score 0 and score 100
-MEASUREMENTS = 40
-EVALUATIONS = 10
+MEASUREMENTS = 48
+EVALUATIONS = 12
 EPISODES = 10
 
 
@@ -53,25 +54,24 @@ class Settings:
 
 @dataclass
 class Run:
-    """What one arm leaves behind; norms are Frobenius norms."""
+    """What one arm leaves behind."""
 
     updates: list[int] = field(default_factory=list)
-    mean_q: list[float] = field(default_factory=list)
-    td_loss: list[float] = field(default_factory=list)
-    total: list[float] = field(default_factory=list)
-    within: list[float] = field(default_factory=list)
-    between: list[float] = field(default_factory=list)
-    correlation: list[float] = field(default_factory=list)
+    measured: dict[str, list[float]] = field(default_factory=dict)  # by name, one value for each of `updates`
     evaluated: list[int] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     updates_per_second: float = 0.0
+
+    def history(self) -> dict[str, Any]:
+        """As the pictures take it."""
+        return {"updates": self.updates, **self.measured, "evaluated": self.evaluated, "scores": self.scores}
 
 
 def train(arm: str, settings: Settings, queue: Any) -> None:
     """One arm, in a process of its own; sends (arm, "progress", update) and, at the end, (arm, "done", run)."""
     torch.set_num_threads(settings.threads)
     d3rlpy = import_d3rlpy()
-    from c4buffer.integrations.d3rlpy import C4Config
+    from c4buffer.integrations.d3rlpy import C4Config, critics_of, transitions_of
 
     dataset = d3rlpy_dataset(d3rlpy, settings.path)
     d3rlpy.seed(settings.seed)
@@ -79,7 +79,8 @@ def train(arm: str, settings: Settings, queue: Any) -> None:
     if arm == "C4":
         config = C4Config(base=config, n_clusters=settings.n_clusters, seed=settings.seed)
     observer = Observer(arm, settings, dataset, queue)
-    config.create("cpu").fit(
+    algo = config.create("cpu")
+    algo.fit(
         dataset,
         n_steps=settings.updates,
         n_steps_per_epoch=settings.updates,
@@ -87,7 +88,9 @@ def train(arm: str, settings: Settings, queue: Any) -> None:
         logger_adapter=d3rlpy.logging.NoopAdapterFactory(),
         callback=observer,
     )
-    queue.put((arm, "done", (observer.run, observer.embeddings.numpy(), observer.responsibilities.numpy())))
+    embeddings = stacked_gradients(critics_of(algo), transitions_of(dataset, algo))
+    responsibilities = MixtureClusterer(settings.n_clusters)(embeddings)
+    queue.put((arm, "done", (observer.run, embeddings.numpy(), responsibilities.numpy())))
 
 
 class Observer:
@@ -97,8 +100,6 @@ class Observer:
         import gymnasium
 
         self.run = Run()
-        self.embeddings = torch.empty(0)
-        self.responsibilities = torch.empty(0)
         self._arm, self._settings, self._dataset, self._queue = arm, settings, dataset, queue
         self._env = gymnasium.make("Hopper-v5")
         self._env.reset(seed=settings.seed)
@@ -121,27 +122,13 @@ class Observer:
         self.run.updates_per_second = update / (ended - self._started - self._observing)
 
     def _measure(self, algo: Any, update: int) -> None:
-        from c4buffer.integrations.d3rlpy import critics_of, transitions_of
+        from c4buffer.integrations.d3rlpy import measure, transitions_of
 
         if self._transitions is None:
             self._transitions = transitions_of(self._dataset, algo)
-        self.embeddings = stacked_gradients(critics_of(algo), self._transitions)
-        self.responsibilities = MixtureClusterer(self._settings.n_clusters)(self.embeddings)
-        target_g, g = self.embeddings.chunk(2, dim=1)
-        total, within, between = (
-            float(torch.linalg.matrix_norm(part))
-            for part in decompose_cross_covariance(target_g, g, self.responsibilities)
-        )
-        bound = float((target_g.var(dim=0).sum() * g.var(dim=0).sum()).sqrt())
-        mean_q, td_loss = value_and_loss(algo.impl, self._transitions)
-        run = self.run
-        run.updates.append(update)
-        run.mean_q.append(mean_q)
-        run.td_loss.append(td_loss)
-        run.total.append(total)
-        run.within.append(within)
-        run.between.append(between)
-        run.correlation.append(total / bound if bound else 0.0)
+        self.run.updates.append(update)
+        for name, value in measure(algo, self._transitions, n_clusters=self._settings.n_clusters).items():
+            self.run.measured.setdefault(name, []).append(value)
 
     def _evaluate(self, algo: Any, update: int) -> None:
         from d3rlpy.metrics import EnvironmentEvaluator
@@ -150,16 +137,6 @@ class Observer:
         low, high = RETURNS
         self.run.evaluated.append(update)
         self.run.scores.append(100 * (mean_return - low) / (high - low))
-
-
-def value_and_loss(impl: Any, data: Any) -> tuple[float, float]:
-    """Mean Q and mean squared TD error (per critic) over all the data; no random number of the training is used."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        action = impl.modules.targ_policy(data.next_observations).squashed_mu
-        next_q = impl._targ_q_func_forwarder.compute_target(data.next_observations, action, reduction="min").squeeze(1)
-        target = data.rewards + impl._gamma**data.intervals * (1 - data.terminals) * next_q
-        q = impl._q_func_forwarder.compute_expected_q(data.observations, data.actions, "none").squeeze(2)
-    return float(q.mean()), float((q - target).square().mean())
 
 
 def import_d3rlpy() -> Any:
@@ -195,7 +172,14 @@ def train_both(settings: Settings, console: Console) -> dict[str, tuple[Run, tor
     queue = context.Queue()
     workers = [context.Process(target=train, args=(arm, settings, queue), daemon=True) for arm in ARMS]
     finished: dict[str, Any] = {}
-    columns = (TextColumn("{task.description:>6}"), BarColumn(bar_width=40), MofNCompleteColumn(), TextColumn("updates"), TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
+    columns = (
+        TextColumn("{task.description:>6}"),
+        BarColumn(bar_width=40),
+        MofNCompleteColumn(),
+        TextColumn("updates"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, refresh_per_second=2) as progress:
         tasks = {arm: progress.add_task(arm, total=settings.updates) for arm in ARMS}
         for worker in workers:
@@ -221,22 +205,27 @@ def train_both(settings: Settings, console: Console) -> dict[str, tuple[Run, tor
 
 def print_table(runs: dict[str, Run], settings: Settings, largest_return: float, console: Console) -> None:
     """One row a quantity, one column an arm."""
-    table = Table(title=f"TD3+BC on hopper-{settings.data}, 10,000 transitions, {settings.updates:,} updates, seed {settings.seed}")  # fmt: skip
+    title = f"TD3+BC, hopper-{settings.data}, 10,000 transitions, {settings.updates:,} updates, seed {settings.seed}"
+    table = Table(title=title, min_width=len(title) + 2)
     table.add_column("at the end of training")
     for arm in runs:
         table.add_column(arm, justify="right")
 
-    def row(name: str, values: list[float], form: str) -> None:
-        table.add_row(name, *(format(value, form) for value in values))
+    def row(name: str, form: str, value: Callable[[Run], float]) -> None:
+        table.add_row(name, *(format(value(run), form) for run in runs.values()))
 
-    row(f"mean Q (largest return in the data: {largest_return:.0f})", [run.mean_q[-1] for run in runs.values()], ",.1f")
-    row("TD loss", [run.td_loss[-1] for run in runs.values()], ",.2f")
-    row("cross-covariance, total", [run.total[-1] for run in runs.values()], ".3g")
-    row("  within clusters", [run.within[-1] for run in runs.values()], ".3g")
-    row("  between clusters", [run.between[-1] for run in runs.values()], ".3g")
-    row("updates per second", [run.updates_per_second for run in runs.values()], ".0f")
-    row("normalised score, mean of the last five", [sum(run.scores[-5:]) / 5 for run in runs.values()], ".1f")
-    row("normalised score, last", [run.scores[-1] for run in runs.values()], ".1f")
+    def last(name: str) -> Callable[[Run], float]:
+        return lambda run: run.measured[name][-1]
+
+    row(f"mean Q (largest discounted return in the data: {largest_return:.0f})", ",.1f", last("mean_q"))
+    row("TD loss", ",.2f", last("td_loss"))
+    row("cross-covariance of target and critic gradients, total", ".3g", last("total"))
+    row("  within clusters", ".3g", last("within"))
+    row("  between clusters", ".3g", last("between"))
+    row("  correlation (total over its bound)", ".2f", last("correlation"))
+    row("updates per second", ".0f", lambda run: run.updates_per_second)
+    row("normalised score, last evaluation", ".1f", lambda run: run.scores[-1])
+    row("normalised score, mean of the last five", ".1f", lambda run: sum(run.scores[-5:]) / len(run.scores[-5:]))
     console.print(table)
     console.print("One seed says little: runs that differ by the seed alone differ by tens of points here.")
 
@@ -244,7 +233,7 @@ def print_table(runs: dict[str, Run], settings: Settings, largest_return: float,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=("medium-expert", "medium-replay"), default="medium-expert")
-    parser.add_argument("--updates", type=int, default=40_000)
+    parser.add_argument("--updates", type=int, default=48_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clusters", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "quickstart")
@@ -260,7 +249,7 @@ def main() -> None:
     print_table(runs, settings, largest_return, console)
 
     arguments.out.mkdir(parents=True, exist_ok=True)
-    histories = {arm: vars(run) for arm, run in runs.items()}
+    histories = {arm: run.history() for arm, run in runs.items()}
     (arguments.out / "runs.json").write_text(json.dumps({"settings": vars(settings), "runs": histories}, indent=1))
     figures = {
         "training": plots.training_curves(histories, largest_return=largest_return),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +11,12 @@ from torch import Tensor
 from .._checks import check_choice, check_number, fail, shape_of
 from ..critics import Critics, member_features, paired_gradients
 from ..transitions import Transitions
+
+ROUNDINGS = 32  # what a few layers of a few hundred units leave in gradients that are equal but for rounding
+
+F = TypeVar("F", bound=Callable[..., Any])
+# AOT autograd has no second derivatives: in a compiled loss the penalty runs eagerly, and so do compiled critics in it.
+_eager: Callable[[F], F] = torch.compiler.disable
 
 
 def cross_covariance(target_gradients: Tensor, gradients: Tensor) -> Tensor:
@@ -117,16 +124,19 @@ class CovariancePenalty:
         self.scale = scale
         self.kind = kind
 
+    @_eager
     def __call__(self, critics: Critics, batch: Transitions) -> Tensor:
         """The penalty on one batch, a scalar with a graph to the critic's parameters.
 
         Raises:
-            ValueError: for critics of the wrong form (see `Critics`) or a batch of fewer than two transitions.
+            ValueError: for critics of the wrong form (see `Critics`), and for gradients of fewer than two transitions.
         """
-        with critics.evaluating():
+        with critics.evaluating(), torch.compiler.set_stance("force_eager"):
             return self._feature(critics, batch) if self.kind == "feature" else self._gradient(critics, batch)
 
     def _gradient(self, critics: Critics, batch: Transitions) -> Tensor:
+        if len(batch) < 2:
+            fail("batch", "at least two transitions, or there is no covariance", len(batch))
         terms = [self._term(*pair) for pair in paired_gradients(critics, batch)]
         return self.weight * torch.stack(terms).sum()
 
@@ -134,15 +144,14 @@ class CovariancePenalty:
         if self.scale == "raw":
             return covariance_penalty(target_g, g, trace_weight=self.trace_weight)
         # P / (tr Sigma' tr Sigma) is P of g' / sqrt(tr Sigma') and g / sqrt(tr Sigma), which can not overflow
-        target_trace, trace = target_g.var(dim=0).sum(), g.var(dim=0).sum()
-        if self.scale == "relative":
-            trace = trace.detach()
-        smallest = torch.finfo(g.dtype).tiny
-        vanishes = (target_trace <= smallest) | (trace <= smallest)
+        target_trace, trace = target_g.var(dim=0).sum(), g.detach().var(dim=0).sum()
+        vanishes = (target_trace <= _noise(target_g)) | (trace <= _noise(g))
         one = torch.ones_like(trace)
         target_unit = target_g * torch.where(vanishes, one, target_trace).rsqrt()
         unit = g * torch.where(vanishes, one, trace).rsqrt()
         term = covariance_penalty(target_unit, unit, trace_weight=self.trace_weight) * next_q.var()
+        if self.scale == "correlation":
+            term = term / torch.where(vanishes, one, unit.var(dim=0).sum())  # by one, whose gradient is what counts
         return torch.where(vanishes, torch.zeros_like(term), term)
 
     def _feature(self, critics: Critics, batch: Transitions) -> Tensor:
@@ -152,6 +161,12 @@ class CovariancePenalty:
         if len(f) != len(target_f):
             fail("target", f"as many members as the critic has, {len(f)}", len(target_f))
         return self.weight * torch.stack([(a * b).sum(dim=1).mean() for a, b in zip(f, target_f)]).sum()
+
+
+def _noise(gradients: Tensor) -> Tensor:
+    """The trace of a covariance that is all rounding: a spread of a few dozen epsilon of the gradients' size."""
+    precision = torch.finfo(gradients.dtype)
+    return precision.tiny + (ROUNDINGS * precision.eps) ** 2 * gradients.detach().square().sum(dim=1).mean()
 
 
 def _centred(values: Tensor) -> Tensor:

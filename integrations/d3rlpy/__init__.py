@@ -3,6 +3,7 @@
 from .algorithm import wrap
 from .config import C4Config
 from .dataset import transitions_of
+from .measuring import measure
 from .reading import critics_of
 
-__all__ = ["C4Config", "critics_of", "transitions_of", "wrap"]
+__all__ = ["C4Config", "critics_of", "measure", "transitions_of", "wrap"]

@@ -24,7 +24,7 @@ from d3rlpy.algos import (
 )
 from d3rlpy.torch_utility import TorchMiniBatch
 
-from c4buffer import ClusteredReplayBuffer, CovariancePenalty, Every
+from c4buffer import ClusteredReplayBuffer, Clusterer, CovariancePenalty, Critics, Every
 from c4buffer._checks import fail
 
 from .config import C4Config
@@ -64,6 +64,7 @@ def armed(algo: Any, config: C4Config) -> Any:
     algo._c4_config = config
     algo._c4_reported = None
     algo.c4_buffer = None
+    algo.c4_clusterer = None
     if algo.impl is not None:
         _arm_impl(algo.impl, config)
     return algo
@@ -86,11 +87,13 @@ class C4Algorithm(QLearningAlgoBase):  # type: ignore[misc]
 
     Attributes:
         c4_buffer: the ClusteredReplayBuffer of the running or last fit, None before.
+        c4_clusterer: how to cluster, for a fit that starts after it is set. None: the buffer's own way.
     """
 
     _c4_config: C4Config
     _c4_reported: Any
     c4_buffer: ClusteredReplayBuffer | None
+    c4_clusterer: Clusterer | None
 
     @property
     def config(self) -> Any:
@@ -139,6 +142,7 @@ class C4Algorithm(QLearningAlgoBase):  # type: ignore[misc]
                 n_clusters=self._c4_config.n_clusters,
                 embedding=self._c4_config.embedding,
                 refresh=None if interval is None else Every(interval),
+                clusterer=self.c4_clusterer,
                 device=self._device,
                 storage="device",
                 seed=self._c4_config.seed,
@@ -148,15 +152,20 @@ class C4Algorithm(QLearningAlgoBase):  # type: ignore[misc]
 
 
 class C4Impl:
-    """What C4 adds to an implementation object: the penalty in the critic loss."""
+    """What C4 adds to an implementation object: the penalty in the critic loss.
 
-    c4_critics: Any
-    _c4_penalty: CovariancePenalty
+    Attributes:
+        c4_critics: the networks as Critics.
+        c4_penalty: `(critics, batch) -> scalar` with a `weight`; may be replaced after the networks are built.
+    """
+
+    c4_critics: Critics
+    c4_penalty: Any
     _c4_every: int
     _c4_due: bool
 
     def inner_update(self, batch: TorchMiniBatch, grad_step: int) -> dict[str, float]:
-        self._c4_due = self._c4_penalty.weight > 0 and grad_step % self._c4_every == 0
+        self._c4_due = self.c4_penalty.weight > 0 and grad_step % self._c4_every == 0
         metrics: dict[str, float] = super().inner_update(batch, grad_step)  # type: ignore[misc]
         return metrics
 
@@ -164,7 +173,7 @@ class C4Impl:
         loss = super().compute_critic_loss(batch, q_tpn)  # type: ignore[misc]
         if not self._c4_due:
             return loss
-        penalty = self._c4_penalty(self.c4_critics, from_mini_batch(batch))
+        penalty = self.c4_penalty(self.c4_critics, from_mini_batch(batch))
         parts = {field.name: getattr(loss, field.name) for field in dataclasses.fields(loss)}
         parts["critic_loss"] = loss.critic_loss + self._c4_every * penalty
         return _loss_class(type(loss))(**parts, c4_penalty=penalty.detach())
@@ -173,28 +182,24 @@ class C4Impl:
 def _arm_impl(impl: Any, config: C4Config) -> None:
     impl.__class__ = _impl_class(type(impl))
     impl.c4_critics = critics_of_impl(impl, next_action=config.next_action)
-    gradient = config.penalty_kind == "gradient"
-    impl._c4_penalty = CovariancePenalty(
-        config.penalty_weight,
-        trace_weight=config.trace_weight,
-        scale=config.penalty_scale if gradient else "raw",
-        kind=config.penalty_kind,
-    )
+    kind: Any = config.penalty_kind
+    scale: Any = config.penalty_scale if kind == "gradient" else "raw"
+    impl.c4_penalty = CovariancePenalty(config.penalty_weight, trace_weight=config.trace_weight, scale=scale, kind=kind)
     impl._c4_every = config.penalty_every
     impl._c4_due = False
 
 
 @functools.cache
-def _algorithm_class(base: type) -> type:
+def _algorithm_class(base: Any) -> type:
     return type(f"C4{base.__name__}", (C4Algorithm, base), {"__module__": __name__, "__doc__": base.__doc__})
 
 
 @functools.cache
-def _impl_class(base: type) -> type:
+def _impl_class(base: Any) -> type:
     return type(f"C4{base.__name__}", (C4Impl, base), {"__module__": __name__})
 
 
 @functools.cache
-def _loss_class(base: type) -> type:
+def _loss_class(base: Any) -> type:
     """The loss record of an algorithm with the penalty beside it, so that d3rlpy logs it."""
     return dataclasses.make_dataclass(f"C4{base.__name__}", [("c4_penalty", torch.Tensor)], bases=(base,), frozen=True)

@@ -10,11 +10,7 @@ from dataclasses_json import config as json_config
 from c4buffer._checks import check_choice, check_integer, check_number, fail
 
 MIRRORED = tuple(field.name for field in dataclasses.fields(LearnableConfig))
-
-
-def _base_field() -> Any:
-    storage = CONFIG_STORAGE[LearnableConfig]
-    return dataclasses.field(default=None, metadata=json_config(encoder=storage.encoder, decoder=storage.decoder))
+STORAGE = CONFIG_STORAGE[LearnableConfig]  # how d3rlpy writes a config inside a config
 
 
 @dataclasses.dataclass
@@ -42,7 +38,9 @@ class C4Config(LearnableConfig):  # type: ignore[misc]
         seed: of the buffer. None: torch's initial seed.
     """
 
-    base: Optional[LearnableConfig] = _base_field()
+    base: Optional[LearnableConfig] = dataclasses.field(
+        default=None, metadata=json_config(encoder=STORAGE.encoder, decoder=STORAGE.decoder)
+    )
     n_clusters: int = 3
     embedding: str = "gradients"
     refresh_interval: Optional[int] = None

@@ -17,13 +17,11 @@ def transitions_of(dataset: ReplayBufferBase, algo: Any = None) -> Transitions:
     """All transitions of a dataset in the order of its buffer: what its transition picker gives, stacked.
 
     As d3rlpy has it: an episode that was not terminated loses its last step; a terminal has zeros as next observation
-    and next action. With `algo`, its observation, action and reward scalers are applied (they must have been fitted) and
-    the tensors are on its device: what the algorithm's networks see.
+    and next action. With `algo`, its observation, action and reward scalers are applied (they must have been fitted),
+    and the tensors are on its device: what the algorithm's networks see.
     """
     if isinstance(dataset, MixedReplayBuffer):
-        fail(
-            "dataset", "one ReplayBuffer (merge the episodes into one)", "a MixedReplayBuffer, which draws from several"
-        )
+        fail("dataset", "one ReplayBuffer with all the episodes", "a MixedReplayBuffer of several")
     if dataset.transition_count == 0:
         fail("dataset", "at least one transition", "an empty dataset")
     if type(dataset.transition_picker) is BasicTransitionPicker:

@@ -12,6 +12,8 @@ import d3rlpy
 import numpy as np
 import pytest
 import torch
+from c4buffer.integrations.d3rlpy import C4Config, critics_of, measure, transitions_of, wrap
+from c4buffer.integrations.d3rlpy.dataset import from_mini_batch
 from d3rlpy.algos import (
     AWACConfig,
     BCConfig,
@@ -41,9 +43,7 @@ from d3rlpy.logging import FileAdapterFactory, NoopAdapterFactory
 from d3rlpy.models.encoders import VectorEncoderFactory
 from d3rlpy.preprocessing import MinMaxActionScaler, MultiplyRewardScaler, StandardObservationScaler
 
-from c4buffer import ClusteredReplayBuffer, CovariancePenalty, Transitions
-from c4buffer.integrations.d3rlpy import C4Config, critics_of, transitions_of, wrap
-from c4buffer.integrations.d3rlpy.dataset import from_mini_batch
+from c4buffer import ClusteredReplayBuffer, CovariancePenalty, Transitions, stacked_gradients
 
 SMALL = VectorEncoderFactory([16, 16])
 CONTINUOUS = [
@@ -250,9 +250,14 @@ def test_fit_clusters_draws_from_one_cluster_and_reports(drawn: list[Transitions
 @pytest.mark.parametrize("config", CONTINUOUS)
 def test_every_option_trains_every_algorithm(config: type, fields: dict[str, Any]) -> None:
     algo = C4Config(base=small(config), refresh_interval=3, penalty_every=2, **fields).create()
-    (_, metrics), = algo.fit(
-        dataset_of(episodes(10)), n_steps=6, n_steps_per_epoch=6, show_progress=False, logger_adapter=NoopAdapterFactory()
-    )  # fmt: skip
+    results = algo.fit(
+        dataset_of(episodes(10)),
+        n_steps=6,
+        n_steps_per_epoch=6,
+        show_progress=False,
+        logger_adapter=NoopAdapterFactory(),
+    )
+    metrics = results[0][1]
     assert all(np.isfinite(value) for value in metrics.values())
 
 
@@ -363,6 +368,52 @@ def test_global_generators_move_as_without_c4() -> None:
     algo.fit(dataset, n_steps=5, n_steps_per_epoch=5, show_progress=False, logger_adapter=NoopAdapterFactory())
     assert torch.equal(torch_state, torch.get_rng_state())
     np.testing.assert_array_equal(numpy_state, np.random.get_state()[1])
+
+
+def test_measure_is_the_hosts_own_value_and_loss_and_theorem_2_on_all_the_data() -> None:
+    dataset = dataset_of(episodes())
+    algo = built(small(TD3Config, target_smoothing_sigma=0.0), dataset)
+    transitions = transitions_of(dataset, algo)
+    state = torch.get_rng_state().clone()
+    measured = measure(algo, transitions, n_clusters=2)
+    assert torch.equal(state, torch.get_rng_state())
+
+    q = algo.predict_value(transitions.observations.numpy(), transitions.actions.numpy())
+    assert measured["mean_q"] == pytest.approx(q.mean(), rel=1e-5)
+    impl = algo.impl
+    with torch.no_grad():
+        next_action = impl.modules.targ_policy(transitions.next_observations).squashed_mu
+        members = [f.compute_expected_q for f in impl._targ_q_func_forwarder.forwarders]
+        next_q = torch.min(*(member(transitions.next_observations, next_action).squeeze(1) for member in members))
+        target = transitions.rewards + 0.99 * (1 - transitions.terminals) * next_q
+        members = [f.compute_expected_q for f in impl._q_func_forwarder.forwarders]
+        errors = [member(transitions.observations, transitions.actions).squeeze(1) - target for member in members]
+    assert measured["td_loss"] == pytest.approx(float(torch.stack(errors).square().mean()), rel=1e-5)
+
+    target_g, g = stacked_gradients(critics_of(algo), transitions).double().chunk(2, dim=1)
+    c = np.cov(target_g.numpy().T, g.numpy().T, ddof=0)[:5, 5:]
+    assert measured["total"] == pytest.approx(np.linalg.norm(c), rel=1e-5)
+    bound = np.sqrt(target_g.numpy().var(axis=0).sum() * g.numpy().var(axis=0).sum())
+    assert measured["correlation"] == pytest.approx(np.linalg.norm(c) / bound, rel=1e-5)
+    assert measured["gradient_norm"] == pytest.approx(np.sqrt((g.numpy() ** 2).sum(axis=1).mean()), rel=1e-5)
+
+
+def test_clusterer_and_penalty_may_be_replaced() -> None:
+    class Quadratic:
+        weight = 1.0
+
+        def __call__(self, critics: Any, batch: Transitions) -> torch.Tensor:
+            return 0.0 * critics.critic[0](batch.observations, batch.actions).sum() + 7.0
+
+    dataset = dataset_of(episodes(10))
+    algo = built(C4Config(base=small(TD3PlusBCConfig), penalty_every=1), dataset)
+    algo.c4_clusterer = lambda embeddings, previous: torch.eye(2)[torch.arange(len(embeddings)) % 2]
+    algo.impl.c4_penalty = Quadratic()
+    results = algo.fit(
+        dataset, n_steps=2, n_steps_per_epoch=2, show_progress=False, logger_adapter=NoopAdapterFactory()
+    )
+    assert algo.c4_buffer.probabilities.tolist() == pytest.approx([0.5, 0.5], abs=0.01)
+    assert results[0][1]["c4_penalty"] == pytest.approx(7.0)
 
 
 def test_deepcopy_and_copy_policy_from_work_on_a_wrapped_algorithm() -> None:

@@ -1,0 +1,59 @@
+"""The programs that a newcomer runs first: README, custom loop, quickstart."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LOOP = ROOT / "examples" / "custom_loop.py"
+
+
+def run(*command: str, cwd: Path = ROOT) -> str:
+    finished = subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_the_custom_loop_is_short_and_c4_is_three_lines_of_it() -> None:
+    lines = LOOP.read_text().splitlines()
+    assert len(lines) < 100
+    assert sum(line.endswith("# C4") for line in lines) == 3
+
+
+def test_the_custom_loop_runs_with_c4_and_without_its_three_lines(tmp_path: Path) -> None:
+    assert "mean return in Hopper-v5" in run(str(LOOP), "4")
+    plain = tmp_path / "examples" / "plain.py"
+    plain.parent.mkdir()
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    plain.write_text("\n".join(line for line in LOOP.read_text().splitlines() if not line.endswith("# C4")))
+    assert "mean return in Hopper-v5" in run(str(plain), "4")
+
+
+def test_the_readmes_first_program_runs_as_printed_but_for_its_length(tmp_path: Path) -> None:
+    program = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)[0]
+    assert len(program.strip().splitlines()) <= 14
+    shorter, changed = re.subn(r"n_steps=[\d_]+, n_steps_per_epoch=[\d_]+", "n_steps=8, n_steps_per_epoch=4", program)
+    assert changed == 1
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    (tmp_path / "program.py").write_text(shorter)
+    run("program.py", cwd=tmp_path)
+
+
+def test_the_quickstart_prints_its_table_and_writes_its_pictures(tmp_path: Path) -> None:
+    printed = run("examples/quickstart.py", "--updates", "40", "--out", str(tmp_path))
+    for words in ("mean Q", "TD loss", "within clusters", "between clusters", "updates per second", "normalised score"):
+        assert words in printed
+    assert "One seed says little" in printed
+    for name in ("training.png", "cross_covariance.png", "gradient_space.png"):
+        assert (tmp_path / name).stat().st_size > 20_000
+
+
+@pytest.mark.parametrize("script", ["quickstart.py", "custom_loop.py"])
+def test_no_example_depends_on_anything_outside_the_project(script: str) -> None:
+    text = (ROOT / "examples" / script).read_text()
+    assert ".." not in re.sub(r"\.\.\.", "", text)

@@ -1,0 +1,517 @@
+"""EM against recorded numbers, scikit-learn and closed forms; and what it makes of data that are hard on it."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sklearn.mixture
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from sklearn.exceptions import ConvergenceWarning
+from torch import Tensor
+
+import c4buffer.mixture
+from c4buffer import GaussianMixture, MixtureResult
+
+GOLDEN = Path(__file__).parent / "golden" / "official_c4.npz"
+FORMS: tuple[Any, ...] = ("full", "diag", "tied")
+few_examples = settings(max_examples=120, deadline=None, derandomize=True, database=None)
+
+
+def blobs(
+    rows: int = 300, *, dimensions: int = 3, clusters: int = 3, seed: int = 0, apart: float = 3.0
+) -> tuple[Tensor, Tensor]:
+    """Overlapping blobs of different shapes [N, E], float64, and soft responsibilities [N, K] to start from."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    centres, shapes = apart * normal(clusters, dimensions), normal(clusters, dimensions, dimensions)
+    labels = torch.arange(rows) % clusters
+    X = centres[labels] + (normal(rows, 1, dimensions) @ shapes[labels]).squeeze(1)
+    return X, (torch.nn.functional.one_hot(labels, clusters) * 2 + normal(rows, clusters)).softmax(dim=1)
+
+
+def assert_mixtures_close(found: MixtureResult, expected: MixtureResult, *, rtol: float, atol: float) -> None:
+    for name in ("weights", "means", "covariances", "responsibilities"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=rtol, atol=atol, msg=name)
+    assert found.log_likelihood == pytest.approx(expected.log_likelihood, rel=rtol, abs=atol)
+
+
+# The published code
+
+
+@pytest.mark.parametrize(
+    ("jitter", "tolerance", "responsibilities_tolerance"), [(0.0, 1e-5, 1e-3), (1e-6, 1e-10, 1e-10)]
+)
+@pytest.mark.parametrize("case", ["em0", "em1", "em2"])
+def test_em_is_that_recorded_from_the_published_code_and_exactly_so_with_its_jitter(
+    case: str, jitter: float, tolerance: float, responsibilities_tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with np.load(GOLDEN) as archive:
+        recorded = {key.split("/")[1]: torch.from_numpy(archive[key]) for key in archive.files if key.startswith(case)}
+    cholesky = c4buffer.mixture._cholesky
+    monkeypatch.setattr(
+        c4buffer.mixture,
+        "_cholesky",
+        lambda covariances: cholesky(covariances + jitter * torch.eye(covariances.shape[1])),
+    )
+    mixture = GaussianMixture(
+        len(recorded["weights"]),
+        regularization=recorded["reg_covar"].item(),
+        max_iterations=int(recorded["iterations"]),
+        tolerance=0,
+    )
+    result = mixture.fit(recorded["X"], initial=torch.nn.functional.one_hot(recorded["init_labels"]).double())
+    assert result.iterations == recorded["iterations"]
+    for name in ("weights", "means", "covariances"):
+        torch.testing.assert_close(getattr(result, name), recorded[name], rtol=tolerance, atol=tolerance, msg=name)
+    limit = responsibilities_tolerance
+    torch.testing.assert_close(result.responsibilities, recorded["responsibilities"], rtol=0, atol=limit)
+
+
+# scikit-learn
+
+
+class SklearnFrom(sklearn.mixture.GaussianMixture):
+    """scikit-learn's, started by an M-step from given responsibilities."""
+
+    start: np.ndarray
+
+    def _initialize_parameters(self, X: np.ndarray, random_state: Any, **options: Any) -> None:
+        self._initialize(X, self.start)
+
+
+def sklearn_fit(X: Tensor, start: Tensor, covariance: str, *, iterations: int, regularization: float) -> SklearnFrom:
+    oracle = SklearnFrom(
+        start.shape[1], covariance_type=covariance, tol=0, reg_covar=regularization, max_iter=iterations
+    )
+    oracle.start = start.numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return oracle.fit(X.numpy())
+
+
+@pytest.mark.parametrize("regularization", [0.0, 1e-3])
+@pytest.mark.parametrize("iterations", [1, 20])
+@pytest.mark.parametrize("covariance", FORMS)
+def test_fit_agrees_with_scikit_learn_from_the_same_start(
+    covariance: Any, iterations: int, regularization: float
+) -> None:
+    X, start = blobs()
+    oracle = sklearn_fit(X, start, covariance, iterations=iterations, regularization=regularization)
+    mixture = GaussianMixture(
+        3, covariance=covariance, regularization=regularization, max_iterations=iterations, tolerance=0
+    )
+    result = mixture.fit(X, initial=start)
+    np.testing.assert_allclose(result.weights, oracle.weights_, atol=1e-8)
+    np.testing.assert_allclose(result.means, oracle.means_, atol=1e-8)
+    np.testing.assert_allclose(result.covariances, oracle.covariances_, atol=1e-8)
+    np.testing.assert_allclose(result.responsibilities, oracle.predict_proba(X.numpy()), atol=1e-8)
+    assert result.log_likelihood == pytest.approx(oracle.score(X.numpy()), abs=1e-8)
+    assert result.iterations == iterations
+
+
+@pytest.mark.parametrize("covariance", FORMS)
+def test_a_result_explains_new_rows_as_scikit_learn_does(covariance: Any) -> None:
+    X, start = blobs()
+    oracle = sklearn_fit(X, start, covariance, iterations=5, regularization=1e-6)
+    result = GaussianMixture(3, covariance=covariance, max_iterations=5, tolerance=0).fit(X, initial=start)
+    new, _ = blobs(97, seed=5)
+    np.testing.assert_allclose(result.responsibilities_of(new), oracle.predict_proba(new.numpy()), atol=1e-8)
+    assert result.log_likelihood_of(new) == pytest.approx(oracle.score(new.numpy()), abs=1e-8)
+    assert result.bic(new) == pytest.approx(oracle.bic(new.numpy()), rel=1e-10)
+    torch.testing.assert_close(result.responsibilities_of(X), result.responsibilities)
+    assert result.log_likelihood_of(X) == pytest.approx(result.log_likelihood)
+
+
+# The course of EM
+
+
+@pytest.mark.parametrize("covariance", FORMS)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_log_likelihood_never_falls(covariance: Any, seed: int) -> None:
+    X, start = blobs(200, seed=seed, apart=1.5)
+    step = GaussianMixture(3, covariance=covariance, regularization=0, max_iterations=1)
+    result = GaussianMixture(3, covariance=covariance, regularization=0, max_iterations=0).fit(X, initial=start)
+    course = [result.log_likelihood]
+    for _ in range(40):
+        result = step.fit(X, initial=result)
+        course.append(result.log_likelihood)
+    assert min(after - before for before, after in zip(course, course[1:])) > -1e-12
+    assert course[-1] > course[0] + 0.01
+
+
+def test_without_a_step_the_result_is_the_m_step_of_the_initial_responsibilities() -> None:
+    X, start = blobs(50)
+    result = GaussianMixture(3, max_iterations=0, regularization=1e-3).fit(X, initial=start)
+    for z in range(3):
+        covariance = np.cov(X.numpy(), rowvar=False, ddof=0, aweights=start[:, z].numpy()) + 1e-3 * np.eye(3)
+        np.testing.assert_allclose(result.weights[z], start[:, z].mean(), rtol=1e-12)
+        np.testing.assert_allclose(result.means[z], np.average(X, axis=0, weights=start[:, z]), rtol=1e-12)
+        np.testing.assert_allclose(result.covariances[z], covariance, rtol=1e-12)
+    assert (result.iterations, result.converged) == (0, False)
+
+
+def test_more_components_than_rows_keep_the_moments_of_what_little_they_explain() -> None:
+    X = torch.tensor([[0.0, 0.0], [1.0, 3.0]], dtype=torch.float64)
+    start = torch.full((2, 5), 0.2, dtype=torch.float64)
+    result = GaussianMixture(5, max_iterations=0, regularization=0).fit(X, initial=start)
+    covariance = torch.tensor([[0.25, 0.75], [0.75, 2.25]], dtype=torch.float64)
+    torch.testing.assert_close(result.means, torch.tensor([0.5, 1.5], dtype=torch.float64).expand(5, 2))
+    torch.testing.assert_close(result.covariances, covariance.expand(5, 2, 2))
+    seeded = GaussianMixture(5).fit(X, initial=torch.eye(5, dtype=torch.float64)[:2])
+    torch.testing.assert_close(seeded.responsibilities.sum(dim=1), torch.ones(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("covariance", FORMS)
+def test_a_warm_start_begins_with_an_e_step(covariance: Any) -> None:
+    X, start = blobs()
+    moved = X + 0.3
+    options: dict[str, Any] = {"covariance": covariance, "tolerance": 0}
+    first = GaussianMixture(3, max_iterations=3, **options).fit(X, initial=start)
+    kept = GaussianMixture(3, max_iterations=0, **options).fit(moved, initial=first)
+    for name in ("weights", "means", "covariances"):
+        torch.testing.assert_close(getattr(kept, name), getattr(first, name))
+    torch.testing.assert_close(kept.responsibilities, first.responsibilities_of(moved))
+    assert kept.log_likelihood == pytest.approx(first.log_likelihood_of(moved))
+    assert kept.iterations == 0
+
+    one = GaussianMixture(3, max_iterations=1, **options).fit(moved, initial=first)
+    by_hand = GaussianMixture(3, max_iterations=0, **options).fit(moved, initial=kept.responsibilities)
+    assert_mixtures_close(one, by_hand, rtol=1e-10, atol=1e-10)
+
+
+def test_it_stops_when_the_log_likelihood_moves_by_less_than_the_tolerance() -> None:
+    X, start = blobs()
+    result = GaussianMixture(3, max_iterations=100, tolerance=1e-4).fit(X, initial=start)
+    assert result.converged
+    course = [
+        GaussianMixture(3, max_iterations=n, tolerance=0).fit(X, initial=start).log_likelihood
+        for n in range(result.iterations)
+    ]
+    steps = [abs(after - before) for before, after in zip(course, course[1:])]
+    assert steps[-1] < 1e-4 <= min(steps[:-1])
+    exhausted = GaussianMixture(3, max_iterations=2, tolerance=0).fit(X, initial=start)
+    assert (exhausted.iterations, exhausted.converged) == (2, False)
+
+
+@pytest.mark.parametrize("covariance", FORMS)
+def test_the_order_of_rows_components_and_columns_does_not_matter(covariance: Any) -> None:
+    X, start = blobs()
+    mixture = GaussianMixture(3, covariance=covariance, max_iterations=5, tolerance=0)
+    expected = mixture.fit(X, initial=start)
+    close = {"rtol": 1e-9, "atol": 1e-11}
+
+    rows = torch.randperm(len(X), generator=torch.Generator().manual_seed(0))
+    shuffled = mixture.fit(X[rows], initial=start[rows])
+    torch.testing.assert_close(shuffled.responsibilities, expected.responsibilities[rows], **close)
+    torch.testing.assert_close(shuffled.covariances, expected.covariances, **close)
+
+    components = torch.tensor([2, 0, 1])
+    relabelled = mixture.fit(X, initial=start[:, components])
+    torch.testing.assert_close(relabelled.responsibilities, expected.responsibilities[:, components], **close)
+    torch.testing.assert_close(relabelled.means, expected.means[components], **close)
+
+    columns = torch.tensor([1, 2, 0])
+    turned = mixture.fit(X[:, columns], initial=start)
+    torch.testing.assert_close(turned.responsibilities, expected.responsibilities, **close)
+    torch.testing.assert_close(turned.means, expected.means[:, columns], **close)
+
+
+@pytest.mark.parametrize("covariance", FORMS)
+def test_the_size_of_the_chunks_does_not_matter(covariance: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    X, _ = blobs(1100)
+    mixture = GaussianMixture(3, covariance=covariance)
+    expected = mixture.fit(X)
+    monkeypatch.setattr(c4buffer.mixture, "CHUNK_FLOATS", 1)
+    monkeypatch.setattr(c4buffer.mixture, "CHUNK_ROWS", 100)
+    assert_mixtures_close(mixture.fit(X), expected, rtol=1e-10, atol=1e-12)
+
+
+# The start
+
+
+def test_separate_blobs_are_found_from_k_means() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(400) % 4
+    X = 10 * torch.eye(4)[labels] + 0.3 * torch.randn(400, 4, generator=generator)
+    result = GaussianMixture(4).fit(X)
+    found = result.responsibilities.argmax(dim=1)
+    assert len({(int(a), int(b)) for a, b in zip(labels, found)}) == 4
+    torch.testing.assert_close(result.weights, torch.full((4,), 0.25))
+    assert result.converged
+    assert result.weights.dtype == result.responsibilities.dtype == X.dtype
+
+
+def test_without_a_generator_fits_repeat_and_global_generators_are_left_alone() -> None:
+    X, _ = blobs()
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    first, second = GaussianMixture(3).fit(X), GaussianMixture(3).fit(X)
+    assert_mixtures_close(first, second, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert np.array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
+
+
+def test_a_generator_decides_the_start_and_moves_on() -> None:
+    X, _ = blobs(apart=0.0)
+
+    def fits(seed: int) -> list[MixtureResult]:
+        mixture = GaussianMixture(4, generator=torch.Generator().manual_seed(seed))
+        return [mixture.fit(X), mixture.fit(X)]
+
+    (one, two), (again, _), (other, _) = fits(1), fits(1), fits(2)
+    assert_mixtures_close(one, again, rtol=0, atol=0)
+    assert not torch.equal(one.responsibilities, two.responsibilities)
+    assert not torch.equal(one.responsibilities, other.responsibilities)
+
+
+@pytest.mark.parametrize(("distinct", "covariance"), [(1, "full"), (2, "full"), (2, "diag"), (3, "tied")])
+@pytest.mark.parametrize("regularization", [0.0, 1e-6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fewer_distinct_rows_than_components_lower_k_with_a_warning(
+    distinct: int, covariance: Any, regularization: float, dtype: torch.dtype
+) -> None:
+    X = torch.arange(distinct, dtype=dtype).unsqueeze(1).repeat(6, 2)
+    mixture = GaussianMixture(5, covariance=covariance, regularization=regularization)
+    message = f"n_components: 5 components for {distinct} distinct rows; the mixture has {distinct}."
+    with pytest.warns(UserWarning, match=message) as caught:
+        result = mixture.fit(X)
+    assert caught[0].filename == __file__
+    assert result.weights.shape == (distinct,)
+    assert sorted(result.means[:, 0].tolist()) == pytest.approx(list(range(distinct)), abs=1e-6)
+    assert math.isfinite(result.log_likelihood)
+
+
+# Empty components
+
+
+def test_an_empty_component_starts_again_at_the_row_farthest_out() -> None:
+    X, _ = blobs(60)
+    X[17] = 30.0
+    start = torch.eye(2, dtype=torch.float64)[torch.zeros(60, dtype=torch.int64)]
+    for covariance in FORMS:
+        result = GaussianMixture(2, covariance=covariance, max_iterations=0).fit(X, initial=start)
+        torch.testing.assert_close(result.means[1], X[17])
+        assert result.weights[1] > 0.3
+        assert (GaussianMixture(2, covariance=covariance).fit(X, initial=start).weights > 0).all()
+
+
+@pytest.mark.parametrize("covariance", FORMS)
+def test_a_component_that_loses_all_rows_starts_again_at_the_worst_explained_row(covariance: Any) -> None:
+    X, start = blobs(60)
+    X[17] += 50.0
+    settled = GaussianMixture(2, covariance=covariance).fit(X.clone(), initial=start[:, :2].softmax(dim=1))
+    lost = MixtureResult(
+        weights=torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64),
+        means=torch.cat([settled.means, torch.full((1, 3), -1e4, dtype=torch.float64)]),
+        covariances=settled.covariances
+        if covariance == "tied"
+        else torch.cat([settled.covariances, settled.covariances[:1]]),
+        responsibilities=settled.responsibilities,
+        log_likelihood=0.0,
+        iterations=0,
+        converged=False,
+        covariance=covariance,
+    )
+    worst = min(range(60), key=lambda row: lost.log_likelihood_of(X[row : row + 1]))
+    result = GaussianMixture(3, covariance=covariance, max_iterations=1).fit(X, initial=lost)
+    torch.testing.assert_close(result.means[2], X[worst])
+    assert result.weights[2] > 0.2
+
+
+# Hard data
+
+
+@st.composite
+def hard_data(draw: st.DrawFn) -> Tensor:
+    rows, dimensions = draw(st.integers(1, 60)), draw(st.integers(1, 6))
+    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
+    X = torch.randn(rows, dimensions, generator=torch.Generator().manual_seed(draw(st.integers(0, 2**31))))
+    if draw(st.booleans()):  # duplicates
+        X = X[: draw(st.integers(1, 4))].repeat(-(-rows // 4), 1)
+    if draw(st.booleans()):  # a constant column
+        X[:, 0] = draw(st.sampled_from([0.0, 1.0, 1e6]))
+    if draw(st.booleans()):  # columns that are copies
+        X[:, -1] = X[:, 0]
+    if draw(st.booleans()):  # an outlier
+        X[0] = draw(st.sampled_from([1e3, 1e6, -1e12]))
+    if draw(st.booleans()):  # columns of very different sizes
+        X[:, 0] *= 1e4
+    return (10.0 ** draw(st.integers(-12, 4))) * (X.to(dtype) + draw(st.sampled_from([0.0, 1.0, 1e4])))
+
+
+def assert_sound(result: MixtureResult, X: Tensor) -> None:
+    for name in ("weights", "means", "covariances", "responsibilities"):
+        assert bool(torch.isfinite(getattr(result, name)).all()), name
+    assert math.isfinite(result.log_likelihood)
+    assert result.weights.sum().item() == pytest.approx(1, abs=1e-5)
+    assert_shares(result.responsibilities, len(X))
+
+
+def assert_shares(responsibilities: Tensor, rows: int) -> None:
+    assert len(responsibilities) == rows
+    assert bool((responsibilities >= 0).all())
+    torch.testing.assert_close(
+        responsibilities.sum(dim=1), torch.ones(rows, dtype=responsibilities.dtype), rtol=0, atol=1e-5
+    )
+
+
+@few_examples
+@given(
+    X=hard_data(),
+    components=st.integers(1, 6),
+    covariance=st.sampled_from(FORMS),
+    regularization=st.sampled_from([0.0, 1e-6]),
+)
+@example(X=torch.zeros(10, 3), components=3, covariance="full", regularization=0.0)
+@example(X=torch.zeros(10, 3), components=1, covariance="diag", regularization=0.0)
+@example(X=torch.randn(5, 3).repeat(4, 1), components=3, covariance="diag", regularization=0.0)
+@example(X=torch.tensor([[0.0], [1.0], [1e12]]), components=3, covariance="tied", regularization=0.0)
+def test_responsibilities_are_shares_and_nothing_is_ever_nan(
+    X: Tensor, components: int, covariance: Any, regularization: float
+) -> None:
+    mixture = GaussianMixture(components, covariance=covariance, regularization=regularization)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="n_components: ", category=UserWarning)
+        result = mixture.fit(X)
+        assert_sound(result, X)
+        assert_sound(mixture.fit(X, initial=result), X)
+        assert_sound(mixture.fit(X.flip(0) * 3 + 1, initial=result), X)
+    for far in (1e8 * X + 1e10, X + 1e30):
+        assert_shares(result.responsibilities_of(far), len(X))
+        assert math.isfinite(result.log_likelihood_of(far))
+
+
+@pytest.mark.parametrize("distance", [1e2, 1e4, 1e6, 1e12, 1e25])
+def test_the_shares_of_rows_far_from_all_components_sum_to_one(distance: float) -> None:
+    X = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
+    start = torch.full((100, 4), 0.25)
+    same = GaussianMixture(4, max_iterations=0).fit(X, initial=start)
+    r = same.responsibilities_of(X + distance)
+    torch.testing.assert_close(r, torch.full_like(r, 0.25))
+
+
+@pytest.mark.parametrize("covariance", FORMS)
+def test_float32_data_far_from_zero_are_no_trouble(covariance: Any) -> None:
+    X, start = blobs()
+    X = (X + 1e4 * X.std()).float()
+    mixture = GaussianMixture(3, covariance=covariance, max_iterations=10, tolerance=0)
+    found, exact = mixture.fit(X, initial=start.float()), mixture.fit(X.double(), initial=start)
+    torch.testing.assert_close(found.weights.double(), exact.weights, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.covariances.double(), exact.covariances, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found.responsibilities.double(), exact.responsibilities, rtol=0, atol=1e-3)
+    assert found.log_likelihood == pytest.approx(exact.log_likelihood, abs=1e-3)
+
+
+def test_a_covariance_that_is_not_positive_definite_gets_no_more_jitter_than_it_needs() -> None:
+    good = torch.tensor([[4.0, 2.0], [2.0, 3.0]], dtype=torch.float64)
+    flat = torch.tensor([[1.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
+    lower = c4buffer.mixture._cholesky(torch.stack([good, flat, torch.zeros_like(flat)]))
+    assert torch.equal(lower[0], torch.linalg.cholesky(good))
+    torch.testing.assert_close(lower[1] @ lower[1].T, flat, rtol=0, atol=1e-11)
+    assert bool(torch.isfinite(lower).all())
+    with pytest.raises(ValueError, match="covariances: expected finite values, got nan in row 0"):
+        c4buffer.mixture._cholesky(torch.full((1, 2, 2), float("nan")))
+
+
+# Other units
+
+
+@pytest.mark.parametrize("covariance", FORMS)
+def test_a_rescaled_mixture_explains_rescaled_rows_alike(covariance: Any) -> None:
+    X, start = blobs()
+    shift, scale = torch.tensor([5.0, -1e3, 0.1]), torch.tensor([1e-3, 20.0, 1.0])
+    result = GaussianMixture(3, covariance=covariance).fit(X, initial=start)
+    rescaled, there = result.rescaled(shift, scale), shift + scale * X
+    torch.testing.assert_close(rescaled.responsibilities_of(there), result.responsibilities, rtol=0, atol=1e-9)
+    torch.testing.assert_close(rescaled.responsibilities, result.responsibilities)
+    expected = result.log_likelihood - scale.double().log().sum().item()
+    assert rescaled.log_likelihood == pytest.approx(expected, abs=1e-9)
+    assert rescaled.log_likelihood_of(there) == pytest.approx(expected, abs=1e-9)
+    back = rescaled.rescaled(-shift.double() / scale, 1 / scale.double())
+    torch.testing.assert_close(back.covariances, result.covariances)
+    torch.testing.assert_close(back.means, result.means)
+    assert rescaled.means.dtype == torch.float64
+
+
+# Errors
+
+GOOD = torch.arange(12.0).reshape(6, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_components": 0}, "n_components: expected an integer of at least 1, got 0"),
+        ({"n_components": 2.0}, "n_components: expected an integer of at least 1, got 2.0"),
+        ({"covariance": "spherical"}, "covariance: expected one of 'full', 'diag', 'tied', got 'spherical'"),
+        ({"regularization": -1e-6}, "regularization: expected a finite number at least 0, got -1e-06"),
+        ({"max_iterations": -1}, "max_iterations: expected an integer of at least 0, got -1"),
+        ({"tolerance": float("nan")}, "tolerance: expected a finite number at least 0, got nan"),
+    ],
+)
+def test_wrong_options_are_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        GaussianMixture(**{"n_components": 2, **options})
+
+
+@pytest.mark.parametrize(
+    ("X", "message"),
+    [
+        (GOOD.tolist(), "X: expected a floating tensor [N, E] with at least one row and column, got list"),
+        (GOOD.int(), "X: expected a floating tensor [N, E] with at least one row and column, got torch.int32 [6, 2]"),
+        (GOOD[0], "X: expected a floating tensor [N, E] with at least one row and column, got torch.float32 [2]"),
+        (GOOD[:0], "X: expected a floating tensor [N, E] with at least one row and column, got torch.float32 [0, 2]"),
+        (GOOD / torch.tensor([1.0, 0.0]), "X: expected finite values, got inf in row 0 (6 of 6 rows are bad)"),
+        (GOOD * 1e30, "X: expected columns that span at most 5.32512e+18, so that torch.float32 holds their squares, "
+                      "got 1e+31"),
+    ],
+)  # fmt: skip
+def test_wrong_rows_are_refused(X: Any, message: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        GaussianMixture(2).fit(X)
+
+
+def fitted(**options: Any) -> MixtureResult:
+    return GaussianMixture(2, max_iterations=1, **options).fit(GOOD)
+
+
+@pytest.mark.parametrize(
+    ("initial", "message"),
+    [
+        (lambda: torch.ones(6, 3) / 3, "initial: expected responsibilities [6, 2], got [6, 3]"),
+        (lambda: torch.ones(5, 2) / 2, "initial: expected responsibilities [6, 2], got [5, 2]"),
+        (lambda: torch.full((6, 2), float("nan")), "initial: expected finite values, got nan in row 0"),
+        (lambda: torch.ones(6, 2),
+         "initial: expected responsibilities: not negative, rows that sum to one, got rows that miss it by 1"),
+        (lambda: torch.tensor([1.5, -0.5]).repeat(6, 1),
+         "initial: expected responsibilities: not negative, rows that sum to one, got"),
+        (lambda: fitted(covariance="diag"),
+         "initial: expected a 'full' mixture in 2 dimensions, got a 'diag' one in 2"),
+        (lambda: fitted().rescaled(torch.zeros(1), torch.ones(1)), None),
+    ],
+)  # fmt: skip
+def test_an_initial_that_does_not_fit_is_refused(initial: Callable[[], Any], message: str | None) -> None:
+    if message is None:  # a mixture of the right form is welcome, in whatever precision
+        assert GaussianMixture(2).fit(GOOD, initial=initial()).means.dtype == GOOD.dtype
+        return
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        GaussianMixture(2).fit(GOOD, initial=initial())
+
+
+def test_a_mixture_refuses_rows_of_another_width() -> None:
+    for ask in (fitted().responsibilities_of, fitted().log_likelihood_of, fitted().bic):
+        with pytest.raises(ValueError, match="X: expected 2 columns, as many as the mixture has, got 3"):
+            ask(torch.zeros(4, 3))
+    with pytest.raises(ValueError, match="initial: expected a 'full' mixture in 3 dimensions, got a 'full' one in 2"):
+        GaussianMixture(2).fit(torch.zeros(4, 3), initial=fitted())

@@ -1,0 +1,60 @@
+"""Pictures: what is drawn, and that the user's matplotlib stays as it was."""
+
+from __future__ import annotations
+
+import matplotlib as mpl
+import pytest
+import torch
+
+from c4buffer import plots
+
+RUN = {
+    "updates": [1000, 2000],
+    "mean_q": [10.0, 300.0],
+    "td_loss": [1.0, 5.0],
+    "evaluated": [2000],
+    "scores": [42.0],
+    "total": [1.0, 2.0],
+    "within": [0.5, 0.6],
+    "between": [0.8, 1.7],
+    "correlation": [0.2, 0.9],
+}
+
+
+def test_training_curves_draws_every_run_in_every_panel_and_the_largest_return() -> None:
+    figure = plots.training_curves({"plain": RUN, "C4": RUN}, largest_return=341.0)
+    q_axes, loss_axes, score_axes = figure.axes
+    assert [len(axes.lines) for axes in figure.axes] == [3, 2, 2]
+    assert q_axes.get_yscale() == loss_axes.get_yscale() == "log"
+    assert score_axes.get_yscale() == "linear"
+    assert list(q_axes.lines[0].get_ydata()) == RUN["mean_q"]
+
+
+def test_cross_covariance_split_draws_total_within_and_between_on_one_scale() -> None:
+    figure = plots.cross_covariance_split({"plain": RUN, "C4": {**RUN, "total": [10.0, 20.0]}})
+    plain, c4, correlation = figure.axes
+    assert [list(line.get_ydata()) for line in plain.lines] == [RUN["total"], RUN["within"], RUN["between"]]
+    assert plain.get_ylim() == c4.get_ylim()
+    assert len(correlation.lines) == 2
+
+
+def test_gradient_space_colours_rows_by_their_likeliest_cluster() -> None:
+    torch.manual_seed(0)
+    y = torch.cat([torch.randn(30, 4) - 9, torch.randn(20, 4) + 9])
+    r = torch.zeros(50, 2)
+    r[:30, 0] = r[30:, 1] = 1
+    (panel,) = plots.gradient_space({"C4": y}, {"C4": r}).axes
+    first, second = (points.get_offsets().data for points in panel.collections)
+    assert (len(first), len(second)) == (30, 20)
+    assert (first[:, 0] > 0).all() != (second[:, 0] > 0).all()  # the first component separates them
+
+
+def test_gradient_space_refuses_responsibilities_of_other_rows() -> None:
+    with pytest.raises(ValueError, match=r"responsibilities: expected \[N, K\] with N = 5, got \[4, 2\]"):
+        plots.gradient_space({"C4": torch.randn(5, 4)}, {"C4": torch.ones(4, 2)})
+
+
+def test_the_users_settings_are_left_alone() -> None:
+    before = dict(mpl.rcParams)
+    plots.training_curves({"C4": RUN})
+    assert dict(mpl.rcParams) == before
