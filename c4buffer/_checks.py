@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import NoReturn
 
 import torch
@@ -15,15 +16,15 @@ def fail(argument: str, expected: str, got: object) -> NoReturn:
 
 def check_integer(argument: str, value: object, *, minimum: int) -> int:
     """The value as an int, when it is one (no bool) and at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
         fail(argument, f"an integer of at least {minimum}", repr(value))
-    return value
+    return int(value)
 
 
 def check_number(argument: str, value: object, *, minimum: float, exclusive: bool = False) -> float:
     """The value as a float, when it is finite and at least (above, if `exclusive`) `minimum`."""
     bound = "above" if exclusive else "at least"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         fail(argument, f"a number {bound} {minimum:g}", repr(value))
     inside = value > minimum if exclusive else value >= minimum
     if not inside or value == float("inf"):  # a NaN is never inside
@@ -41,6 +42,7 @@ def check_finite(argument: str, values: Tensor, *, hint: str = "") -> None:
     """No NaN and no infinity in `values` [N, ...]; the error names the first bad row."""
     if not values.is_floating_point():
         return
+    values = values.detach()
     bad = ~torch.isfinite(values)
     if bool(bad.any()):
         rows = bad.reshape(len(values), -1).any(dim=1).nonzero().squeeze(1)

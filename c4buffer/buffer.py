@@ -155,7 +155,7 @@ class ClusteredReplayBuffer:
         """Append one step: of one environment (scalar reward), or of E environments (a leading axis E on everything).
 
         The next action of each row is the action that its environment takes in the step after; a terminal, a timeout
-        and the newest row have none.
+        and the newest row have none. Floating values are cast to the dtypes of the transitions held.
         """
         rewards = torch.as_tensor(rewards)
         single = rewards.ndim == 0
@@ -178,6 +178,7 @@ class ClusteredReplayBuffer:
         )
         # The constructor closes a last row that is still open; here its episode goes on.
         step = Transitions.unchecked({**dict(step.columns()), "timeouts": timeouts.reshape(-1).to(step.timeouts)})
+        step = self._storage.cast(step)
         first = self._storage.written
         self.extend(step)
         for environment, action in enumerate(step.actions):

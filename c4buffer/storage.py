@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._checks import fail
-from .transitions import Transitions, map_observations, observation_leaves
+from .transitions import Transitions, map_observations, observation_leaves, with_leaves
 
 
 class RingStorage:
@@ -28,6 +28,10 @@ class RingStorage:
 
     def __len__(self) -> int:
         return min(self.written, self.capacity)
+
+    def cast(self, transitions: Transitions) -> Transitions:
+        """The same transitions, floating values in the floating dtypes of the rows stored."""
+        return Transitions.unchecked({n: _cast(value, self._columns.get(n, value)) for n, value in transitions.columns()})
 
     def write(self, transitions: Transitions) -> Tensor:
         """Append rows; of more than fit, the last. Returns their slots, int64, in the order of the rows."""
@@ -81,6 +85,15 @@ class RingStorage:
             expected, got = _form(stored), _form(getattr(transitions, name))
             if got != expected:
                 fail(name, f"rows like those stored, {expected}", got)
+
+
+def _cast(value: Any, stored: Any) -> Any:
+    leaves, kept = observation_leaves(value), observation_leaves(stored)
+    if len(leaves) != len(kept):
+        return value  # to be refused by its form
+    both = [(leaf, like.dtype) for leaf, like in zip(leaves, kept)]
+    floating = [leaf.is_floating_point() and dtype.is_floating_point for leaf, dtype in both]
+    return with_leaves(value, [leaf.to(dtype) if cast else leaf for (leaf, dtype), cast in zip(both, floating)])
 
 
 def _form(value: Any) -> Any:

@@ -783,3 +783,14 @@ def test_global_generators_are_neither_read_nor_touched() -> None:
         assert torch.equal(before[0], after[0])
         assert before[1:] == after[1:]
     assert_same_draws(*buffers)
+
+
+def test_add_casts_floats_to_the_dtypes_held() -> None:
+    buffer = ClusteredReplayBuffer(4)
+    buffer.add(torch.zeros(2), torch.zeros(1), 1.0, torch.zeros(2), 0)
+    buffer.add(np.ones(2), np.ones(1), np.float64(2), np.ones(2), False)  # as environments give them
+    batch = buffer.sample(8)
+    assert batch.observations.dtype == batch.actions.dtype == batch.rewards.dtype == torch.float32
+    assert set(batch.rewards.tolist()) <= {1.0, 2.0}
+    with pytest.raises(ValueError, match="observations: expected rows like those stored"):
+        buffer.add(np.ones(3), np.ones(1), 2.0, np.ones(3), False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import warnings
@@ -147,7 +148,7 @@ def test_the_log_likelihood_never_falls(covariance: Any, seed: int) -> None:
     for _ in range(40):
         result = step.fit(X, initial=result)
         course.append(result.log_likelihood)
-    assert min(after - before for before, after in zip(course, course[1:])) > -1e-12
+    assert min(after - before for before, after in itertools.pairwise(course)) > -1e-12
     assert course[-1] > course[0] + 0.01
 
 
@@ -199,7 +200,7 @@ def test_it_stops_when_the_log_likelihood_moves_by_less_than_the_tolerance() -> 
         GaussianMixture(3, max_iterations=n, tolerance=0).fit(X, initial=start).log_likelihood
         for n in range(result.iterations)
     ]
-    steps = [abs(after - before) for before, after in zip(course, course[1:])]
+    steps = [abs(after - before) for before, after in itertools.pairwise(course)]
     assert steps[-1] < 1e-4 <= min(steps[:-1])
     exhausted = GaussianMixture(3, max_iterations=2, tolerance=0).fit(X, initial=start)
     assert (exhausted.iterations, exhausted.converged) == (2, False)
@@ -255,11 +256,11 @@ def test_separate_blobs_are_found_from_k_means() -> None:
 
 def test_without_a_generator_fits_repeat_and_global_generators_are_left_alone() -> None:
     X, _ = blobs()
-    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     first, second = GaussianMixture(3).fit(X), GaussianMixture(3).fit(X)
     assert_mixtures_close(first, second, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), torch_state)
-    assert np.array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
+    assert np.array_equal(np.random.get_state()[1], numpy_state)
 
 
 def test_a_generator_decides_the_start_and_moves_on() -> None:

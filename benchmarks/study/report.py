@@ -1,0 +1,179 @@
+"""Tables and figures of a grid, from its results file alone.
+
+    python benchmarks/study/report.py first
+
+Writes results/GRID.md, GRID_scores.png and GRID_curves.png. Differences are paired: the same dataset and seed, with the
+arm and without. Intervals are 95%, from a stratified bootstrap (runs resampled within each dataset).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from arms import GRIDS
+from matplotlib.figure import Figure
+from run import RESULTS, finished_runs
+from scipy.stats import bootstrap, trim_mean
+
+BASELINE = "plain"
+COLOURS = ("#6b7280", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#cc79a7", "#d55e00")
+CURVES = {
+    "scores": "normalised score",
+    "mean_q": "mean Q",
+    "td_loss": "TD loss",
+    "between": "between-cluster cross-covariance",
+    "correlation": "correlation",
+    "gradient_norm": "gradient norm",
+}
+LOGARITHMIC = ("mean_q", "td_loss", "between", "gradient_norm")
+
+
+def interquartile_mean(values: np.ndarray, axis: int = -1) -> Any:
+    """The mean of the middle half."""
+    return trim_mean(values, 0.25, axis=axis)
+
+
+def interval(strata: Sequence[np.ndarray], statistic: Any = interquartile_mean) -> tuple[float, float]:
+    """A stratified bootstrap interval of a statistic of all strata together."""
+    strata = [values for values in strata if len(values)]
+    if sum(map(len, strata)) < 2:
+        return float("nan"), float("nan")
+
+    def together(*samples: np.ndarray, axis: int = -1) -> Any:
+        return statistic(np.concatenate(samples, axis=axis), axis=axis)
+
+    if any(len(values) < 2 for values in strata):
+        strata = [np.concatenate(strata)]
+    found = bootstrap(
+        strata, together, method="percentile", n_resamples=2000, rng=np.random.default_rng(0), vectorized=True
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def paired_differences(records: list[dict[str, Any]], arm: str) -> list[np.ndarray]:
+    """Score of the arm minus the baseline's of the same seed: one array a dataset."""
+    scores = {(r["dataset"], r["base"], r["seed"], r["arm"]): r["score"] for r in records}
+    strata: dict[tuple[str, str], list[float]] = {}
+    for (dataset, base, seed, name), score in scores.items():
+        plain = scores.get((dataset, base, seed, BASELINE))
+        if name == arm and plain is not None:
+            strata.setdefault((dataset, base), []).append(score - plain)
+    return [np.array(values) for values in strata.values()]
+
+
+def probability_of_improvement(records: list[dict[str, Any]], arm: str) -> float:
+    """That a run of the arm scores better than a run of the baseline on the same dataset, ties counting half."""
+    parts = []
+    for dataset in sorted({record["dataset"] for record in records}):
+        here = [record for record in records if record["dataset"] == dataset]
+        mine = np.array([record["score"] for record in here if record["arm"] == arm])
+        plain = np.array([record["score"] for record in here if record["arm"] == BASELINE])
+        if len(mine) and len(plain):
+            difference = mine[:, None] - plain[None, :]
+            parts.append(np.mean((difference > 0) + 0.5 * (difference == 0)))
+    return float(np.mean(parts)) if parts else float("nan")
+
+
+def table(records: list[dict[str, Any]], arms: Sequence[str]) -> list[str]:
+    """Markdown rows: scores by dataset, and what is paired with the baseline."""
+    datasets = sorted({record["dataset"] for record in records})
+    lines = [
+        "| arm | " + " | ".join(datasets) + " | difference to plain (IQM) | 95% | P(better) | diverged |",
+        "| --- |" + " --- |" * (len(datasets) + 4),
+    ]
+    for arm in arms:
+        mine = [record for record in records if record["arm"] == arm]
+        if not mine:
+            continue
+        cells = []
+        for dataset in datasets:
+            scores = [f"{r['score']:.0f}" for r in sorted(mine, key=lambda r: r["seed"]) if r["dataset"] == dataset]
+            cells.append(" / ".join(scores) or "not run")
+        strata = paired_differences(records, arm)
+        if arm == BASELINE or not strata:
+            cells += ["", "", ""]
+        else:
+            low, high = interval(strata)
+            together = np.concatenate(strata)
+            cells += [
+                f"{interquartile_mean(together):+.1f} ({len(together)} pairs)",
+                f"{low:+.1f} to {high:+.1f}",
+                f"{probability_of_improvement(records, arm):.2f}",
+            ]
+        cells.append(f"{sum(record['diverged'] for record in mine)} of {len(mine)}")
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def draw_scores(records: list[dict[str, Any]], arms: Sequence[str]) -> Figure:
+    """Every run a point, the interquartile mean a bar, a panel a dataset."""
+    datasets = sorted({record["dataset"] for record in records})
+    figure = Figure(figsize=(5.5 * len(datasets), 0.45 * len(arms) + 1.6), dpi=130, layout="constrained")
+    panels = figure.subplots(1, len(datasets), squeeze=False, sharey=True)[0]
+    for panel, dataset in zip(panels, datasets):
+        for i, arm in enumerate(arms):
+            scores = np.array([r["score"] for r in records if r["arm"] == arm and r["dataset"] == dataset])
+            if len(scores):
+                colour = COLOURS[i % len(COLOURS)]
+                panel.barh(i, interquartile_mean(scores), color=colour, alpha=0.35)
+                panel.plot(scores, [i] * len(scores), "o", color=colour, markersize=5)
+        panel.set(title=dataset, xlabel="normalised score, mean of the last five evaluations")
+        panel.set_yticks(range(len(arms)), arms)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(axis="x", color="#e5e7eb")
+        panel.set_axisbelow(True)
+    panels[0].invert_yaxis()
+    return figure
+
+
+def draw_curves(records: list[dict[str, Any]], arms: Sequence[str]) -> Figure:
+    """Median over seeds of what was measured in training: a row a dataset, a panel a quantity."""
+    datasets = sorted({record["dataset"] for record in records})
+    figure = Figure(figsize=(4 * len(CURVES), 3.4 * len(datasets)), dpi=110, layout="constrained")
+    rows = figure.subplots(len(datasets), len(CURVES), squeeze=False)
+    for row, dataset in zip(rows, datasets):
+        for panel, (name, title) in zip(row, CURVES.items()):
+            for i, arm in enumerate(arms):
+                runs = [record for record in records if record["arm"] == arm and record["dataset"] == dataset]
+                if runs:
+                    curve = np.median([run[name] for run in runs], axis=0)
+                    panel.plot(runs[0]["updates"], curve, color=COLOURS[i % len(COLOURS)], label=arm)
+            panel.set(title=f"{dataset}: {title}", xlabel="updates")
+            if name in LOGARITHMIC:
+                panel.set_yscale("log")
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.grid(color="#e5e7eb")
+    rows[0][0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("grid", choices=sorted(GRIDS))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    records = finished_runs(arguments.results / f"{arguments.grid}.jsonl")
+    if not records:
+        raise SystemExit(f"no finished run in {arguments.results / arguments.grid}.jsonl; start run.py first")
+    grid = GRIDS[arguments.grid]
+    wanted = len(grid.datasets) * len(grid.bases) * len(grid.arms) * len(grid.seeds)
+    lines = [
+        f"# Study `{arguments.grid}`: {len(records)} of {wanted} runs",
+        "",
+        f"{grid.updates:,} updates, evaluated every {grid.evaluate_every:,} on {grid.episodes} episodes; a run's score "
+        "is the mean of its last five evaluations, seeds side by side. Made by `report.py` from the results file.",
+        "",
+        *table(records, grid.arms),
+    ]
+    (arguments.results / f"{arguments.grid}.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    for name, figure in {"scores": draw_scores(records, grid.arms), "curves": draw_curves(records, grid.arms)}.items():
+        figure.savefig(arguments.results / f"{arguments.grid}_{name}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""One run of the study: settings in, a record out."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from arms import ARMS, GradientNormPenalty, random_partition
+
+from c4buffer import load_d4rl
+
+DATA = Path(__file__).parents[2] / "data"
+ENVIRONMENTS = {"hopper": "Hopper-v5", "walker2d": "Walker2d-v5", "halfcheetah": "HalfCheetah-v5"}
+# D4RL's reference returns: score 0 and score 100
+RETURNS = {
+    "hopper": (-20.272305, 3234.3),
+    "walker2d": (1.629008, 4592.3),
+    "halfcheetah": (-280.178953, 12135.0),
+}
+DIVERGED = 3  # times the largest discounted return in the data
+
+
+def train(settings: dict[str, Any]) -> dict[str, Any]:
+    """Train one arm on one dataset with one seed.
+
+    Args:
+        settings: dataset, base, arm, seed, updates, evaluate_every, episodes.
+
+    Returns:
+        settings; versions; `updates` and, for each of them, `scores` and what `measure` gives; `score` (the
+        mean of the last five evaluations); `largest_return` and `diverged` (mean Q above three times that, ever);
+        `training_seconds` and `seconds`.
+    """
+    torch.set_num_threads(1)
+    with contextlib.redirect_stderr(io.StringIO()):
+        import d3rlpy
+        import gymnasium
+    import structlog
+    from c4buffer.integrations.d3rlpy import measure, transitions_of
+
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    started = time.perf_counter()
+    data = load_d4rl(DATA / f"{settings['dataset']}-10k.hdf5")
+    names = ("observations", "actions", "rewards", "terminals", "timeouts")
+    dataset = d3rlpy.dataset.MDPDataset(**{name: getattr(data, name).numpy() for name in names})
+    d3rlpy.seed(settings["seed"])
+    algo = make_algorithm(d3rlpy, dataset, settings)
+    transitions = transitions_of(dataset, algo)
+
+    name = settings["dataset"].split("-")[0]
+    env = gymnasium.make(ENVIRONMENTS[name])
+    env.reset(seed=settings["seed"])
+    evaluate = d3rlpy.metrics.EnvironmentEvaluator(env, n_trials=settings["episodes"])
+    low, high = RETURNS[name]
+
+    curves: dict[str, list[float]] = {"updates": [], "scores": []}
+    training_seconds, began = 0.0, time.perf_counter()
+    for epoch, _ in algo.fitter(
+        dataset,
+        n_steps=settings["updates"],
+        n_steps_per_epoch=settings["evaluate_every"],
+        show_progress=False,
+        logger_adapter=d3rlpy.logging.NoopAdapterFactory(),
+    ):
+        training_seconds += time.perf_counter() - began
+        curves["updates"].append(epoch * settings["evaluate_every"])
+        curves["scores"].append(100 * (evaluate(algo, dataset) - low) / (high - low))
+        for quantity, value in measure(algo, transitions).items():
+            curves.setdefault(quantity, []).append(value)
+        began = time.perf_counter()
+
+    largest_return = largest_discounted_return(data)
+    return {
+        **settings,
+        **curves,
+        "score": sum(curves["scores"][-5:]) / len(curves["scores"][-5:]),
+        "largest_return": largest_return,
+        "diverged": max(curves["mean_q"]) > DIVERGED * largest_return,
+        "training_seconds": training_seconds,
+        "seconds": time.perf_counter() - started,
+        "versions": {package: version(package) for package in ("c4buffer", "d3rlpy", "torch", "gymnasium", "mujoco")},
+    }
+
+
+def make_algorithm(d3rlpy: Any, dataset: Any, settings: dict[str, Any]) -> Any:
+    """The base algorithm, scalers fitted and networks built, with the arm's change."""
+    from c4buffer.integrations.d3rlpy import C4Config
+
+    arm = ARMS[settings["arm"]]
+    options = {}
+    if arm.layer_norm:
+        encoder = d3rlpy.models.encoders.VectorEncoderFactory([256, 256], use_layer_norm=True)
+        options["critic_encoder_factory"] = encoder
+    bases = {"td3_plus_bc": d3rlpy.algos.TD3PlusBCConfig}
+    scaler = d3rlpy.preprocessing.StandardObservationScaler()
+    config = bases[settings["base"]](observation_scaler=scaler, **options)
+    if arm.c4 is not None:
+        config = C4Config(base=config, seed=settings["seed"], **arm.c4)
+    algo = config.create("cpu")
+    scaler.fit_with_transition_picker(dataset.episodes, dataset.transition_picker)
+    algo.build_with_dataset(dataset)
+    if arm.random_partition:
+        algo.c4_clusterer = random_partition(config.n_clusters, settings["seed"])
+    if arm.gradient_norm:
+        algo.impl.c4_penalty = GradientNormPenalty(config.penalty_weight)
+    return algo
+
+
+def largest_discounted_return(data: Any, gamma: float = 0.99) -> float:
+    """Of all the rows of the data, to their episode's end."""
+    best, value = 0.0, 0.0
+    ends = (data.terminals + data.timeouts).tolist()
+    for reward, last in zip(reversed(data.rewards.tolist()), reversed(ends)):
+        value = reward + (0.0 if last else gamma * value)
+        best = max(best, value)
+    return best
