@@ -64,7 +64,7 @@ class MixtureResult:
     def rescaled(self, shift: Tensor, scale: Tensor) -> MixtureResult:
         """The mixture of shift + scale * x, columns by columns ([E] each), in float64."""
         shift, scale = shift.double(), scale.double()
-        outer = scale if self.covariance == "diag" else scale.unsqueeze(1) * scale
+        outer = scale.square() if self.covariance == "diag" else scale.unsqueeze(1) * scale
         return replace(
             self,
             weights=self.weights.double(),
@@ -320,9 +320,9 @@ class _ExpectationMaximisation:
         """r [K, n] and log sum_z p_z N(x | mu_z, Omega_z) [n] for differences [K, n, E]."""
         whiten, log_scale = factors
         whitened = differences * whiten if self.covariance == "diag" else differences @ whiten
-        # A distance that overflows is as far from one component as from the next.
-        far = torch.finfo(whitened.dtype).max / 4
-        squared = torch.linalg.vector_norm(whitened, dim=2).square_().nan_to_num_(nan=far, posinf=far)
+        # Where squares or their sum over the rows could overflow, one component is as far as the next.
+        far = 1e-12 * torch.finfo(whitened.dtype).max
+        squared = torch.linalg.vector_norm(whitened, dim=2).square_().nan_to_num_(nan=far).clamp_(max=far)
         log_joint = squared.mul_(-0.5).add_(log_scale)
         # Not exp(log_joint - log_density): far out, the rounding of these two is no longer small against one.
         return log_joint.softmax(dim=0), log_joint.logsumexp(dim=0)
@@ -366,11 +366,11 @@ def _cholesky(covariances: Tensor) -> Tensor:
     """Lower factors of [K, E, E]; what is not positive definite gets a jitter that grows tenfold until it is."""
     lower, info = torch.linalg.cholesky_ex(covariances)
     scale = covariances.diagonal(dim1=-2, dim2=-1).mean(dim=1).abs().clamp(min=torch.finfo(covariances.dtype).tiny)
-    jitter = 1e-12
+    eye = torch.eye(covariances.shape[1], dtype=covariances.dtype, device=covariances.device)
+    jitter, amount = 1e-12, torch.zeros_like(scale)
     while bool((info != 0).any()):
         check_finite("covariances", covariances)  # no jitter would ever help
-        amount = torch.where(info != 0, jitter * scale, torch.zeros_like(scale))
-        eye = torch.eye(covariances.shape[1], dtype=covariances.dtype, device=covariances.device)
+        amount = torch.where(info != 0, jitter * scale, amount)  # what has enough keeps it
         lower, info = torch.linalg.cholesky_ex(covariances + amount.view(-1, 1, 1) * eye)
         jitter *= 10
     return lower

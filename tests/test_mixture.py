@@ -24,7 +24,7 @@ from c4buffer import GaussianMixture, MixtureResult
 
 GOLDEN = Path(__file__).parent / "golden" / "official_c4.npz"
 FORMS: tuple[Any, ...] = ("full", "diag", "tied")
-few_examples = settings(max_examples=120, deadline=None, derandomize=True, database=None)
+few_examples = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
 
 def blobs(
@@ -345,7 +345,7 @@ def hard_data(draw: st.DrawFn) -> Tensor:
     if draw(st.booleans()):  # columns that are copies
         X[:, -1] = X[:, 0]
     if draw(st.booleans()):  # an outlier
-        X[0] = draw(st.sampled_from([1e3, 1e6, -1e12]))
+        X[0] = draw(st.sampled_from([1e3, 1e6, -1e10]))
     if draw(st.booleans()):  # columns of very different sizes
         X[:, 0] *= 1e4
     return (10.0 ** draw(st.integers(-12, 4))) * (X.to(dtype) + draw(st.sampled_from([0.0, 1.0, 1e4])))
@@ -376,7 +376,7 @@ def assert_shares(responsibilities: Tensor, rows: int) -> None:
 )
 @example(X=torch.zeros(10, 3), components=3, covariance="full", regularization=0.0)
 @example(X=torch.zeros(10, 3), components=1, covariance="diag", regularization=0.0)
-@example(X=torch.randn(5, 3).repeat(4, 1), components=3, covariance="diag", regularization=0.0)
+@example(X=torch.arange(15.0).sin().reshape(5, 3).repeat(4, 1), components=3, covariance="diag", regularization=0.0)
 @example(X=torch.tensor([[0.0], [1.0], [1e12]]), components=3, covariance="tied", regularization=0.0)
 def test_responsibilities_are_shares_and_nothing_is_ever_nan(
     X: Tensor, components: int, covariance: Any, regularization: float

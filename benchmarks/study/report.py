@@ -141,7 +141,7 @@ def draw_curves(records: list[dict[str, Any]], arms: Sequence[str]) -> Figure:
                 runs = [record for record in records if record["arm"] == arm and record["dataset"] == dataset]
                 if runs:
                     curve = np.median([run[name] for run in runs], axis=0)
-                    panel.plot(runs[0]["updates"], curve, color=COLOURS[i % len(COLOURS)], label=arm)
+                    panel.plot(runs[0]["evaluated_at"], curve, color=COLOURS[i % len(COLOURS)], label=arm)
             panel.set(title=f"{dataset}: {title}", xlabel="updates")
             if name in LOGARITHMIC:
                 panel.set_yscale("log")

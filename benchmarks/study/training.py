@@ -33,7 +33,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
         settings: dataset, base, arm, seed, updates, evaluate_every, episodes.
 
     Returns:
-        settings; versions; `updates` and, for each of them, `scores` and what `measure` gives; `score` (the
+        settings; versions; `evaluated_at` and, for each, `scores` and what `measure` gives; `score` (the
         mean of the last five evaluations); `largest_return` and `diverged` (mean Q above three times that, ever);
         `training_seconds` and `seconds`.
     """
@@ -59,7 +59,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
     evaluate = d3rlpy.metrics.EnvironmentEvaluator(env, n_trials=settings["episodes"])
     low, high = RETURNS[name]
 
-    curves: dict[str, list[float]] = {"updates": [], "scores": []}
+    curves: dict[str, list[float]] = {"evaluated_at": [], "scores": []}
     training_seconds, began = 0.0, time.perf_counter()
     for epoch, _ in algo.fitter(
         dataset,
@@ -69,7 +69,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
         logger_adapter=d3rlpy.logging.NoopAdapterFactory(),
     ):
         training_seconds += time.perf_counter() - began
-        curves["updates"].append(epoch * settings["evaluate_every"])
+        curves["evaluated_at"].append(epoch * settings["evaluate_every"])
         curves["scores"].append(100 * (evaluate(algo, dataset) - low) / (high - low))
         for quantity, value in measure(algo, transitions).items():
             curves.setdefault(quantity, []).append(value)

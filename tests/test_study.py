@@ -1,0 +1,97 @@
+"""The study's harness: what a kill leaves behind, and the statistics of its report."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+STUDY = Path(__file__).parent.parent / "benchmarks" / "study"
+TIMES = ("training_seconds", "seconds")
+
+
+def start(results: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, str(STUDY / "run.py"), "toy", "--arms", "plain", "c4", "--results", str(results)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def records(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in found:
+        for name in TIMES:
+            assert record.pop(name) > 0
+    keyed = {(record["arm"], record["seed"]): record for record in found}
+    assert len(keyed) == len(found), "a run was repeated"
+    return keyed
+
+
+def test_a_grid_that_was_killed_and_resumed_leaves_the_same_file_as_one_that_ran_through(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert start(whole).wait(timeout=240) == 0
+
+    killed = start(broken)
+    deadline = time.monotonic() + 240
+    path = broken / "toy.jsonl"
+    while not (path.exists() and path.read_bytes().count(b"\n") >= 1):
+        assert time.monotonic() < deadline, "no run was finished"
+        time.sleep(0.2)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    with path.open("ab") as file:  # the worst that a kill can leave: half a line
+        file.write(b'{"dataset": "hopper-med')
+    assert start(broken).wait(timeout=240) == 0
+
+    assert records(path) == records(whole / "toy.jsonl")
+    assert len(records(path)) == 4
+
+
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(STUDY))
+    import report
+
+    return report
+
+
+def record(dataset: str, arm: str, seed: int, score: float) -> dict[str, Any]:
+    return {"dataset": dataset, "base": "td3_plus_bc", "arm": arm, "seed": seed, "score": score, "diverged": seed == 0}
+
+
+def test_differences_are_paired_by_dataset_and_seed(report: Any) -> None:
+    runs = [record("a", "plain", s, 10.0 * s) for s in range(3)] + [record("a", "c4", s, 10.0 * s + 5) for s in (2, 0)]
+    runs += [record("b", "plain", 0, 1.0), record("b", "c4", 0, 3.0), record("b", "c4", 7, 99.0)]
+    strata = [sorted(values.tolist()) for values in report.paired_differences(runs, "c4")]
+    assert sorted(strata) == [[2.0], [5.0, 5.0]]
+
+
+def test_interquartile_mean_and_probability_of_improvement_by_hand(report: Any) -> None:
+    assert report.interquartile_mean(np.array([-100.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 900.0])) == pytest.approx(3.5)
+    runs = [record("a", "plain", s, float(s)) for s in range(2)] + [record("a", "c4", s, 1.0) for s in range(2)]
+    assert report.probability_of_improvement(runs, "c4") == pytest.approx((1 + 0.5 + 1 + 0.5) / 4)
+
+
+def test_the_interval_holds_the_true_mean_about_as_often_as_it_says(report: Any) -> None:
+    generator = np.random.default_rng(0)
+    held = 0
+    for _ in range(40):
+        low, high = report.interval([generator.normal(3.0, 1.0, size=15), generator.normal(3.0, 1.0, size=15)])
+        held += low <= 3.0 <= high
+    assert held >= 32
+
+
+def test_the_table_names_what_was_not_run(report: Any) -> None:
+    runs = [record("a", arm, seed, 1.0) for arm in ("plain", "c4") for seed in range(2)] + [
+        record("b", "plain", 0, 2.0)
+    ]
+    lines = report.table(runs, ("plain", "sampler", "c4"))
+    assert lines[2].startswith("| plain | 1 / 1 | 2 |")
+    assert lines[3].startswith("| c4 | 1 / 1 | not run | +0.0 (2 pairs) |")
+    assert lines[3].endswith("| 0.50 | 1 of 2 |")
