@@ -26,10 +26,11 @@ def check_number(argument: str, value: object, *, minimum: float, exclusive: boo
     bound = "above" if exclusive else "at least"
     if isinstance(value, bool) or not isinstance(value, Real):
         fail(argument, f"a number {bound} {minimum:g}", repr(value))
-    inside = value > minimum if exclusive else value >= minimum
-    if not inside or value == float("inf"):  # a NaN is never inside
+    number = float(value)
+    inside = number > minimum if exclusive else number >= minimum
+    if not inside or number == float("inf"):  # a NaN is never inside
         fail(argument, f"a finite number {bound} {minimum:g}", repr(value))
-    return float(value)
+    return number
 
 
 def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:

@@ -224,11 +224,11 @@ class ClusteredReplayBuffer:
         check_responsibilities(responsibilities, len(self))
         distances = squared_distances_to_means(embeddings, responsibilities) if responsibilities.shape[1] > 1 else None
         self._sampler.assign(responsibilities, distances=distances)
-        norms = (float("nan"),) * 3
+        norms = [float("nan")] * 3
         if isinstance(self._embedding, str) and len(self) > 1:
             pair = embeddings.chunk(2, dim=1)
-            parts = decompose_cross_covariance(*pair, self._sampler.responsibilities.to(embeddings))
-            norms = tuple(float(torch.linalg.matrix_norm(part)) for part in parts)
+            parts = decompose_cross_covariance(pair[0], pair[1], self._sampler.responsibilities.to(embeddings))
+            norms = [float(torch.linalg.matrix_norm(part)) for part in parts]
         mixture = self.mixture
         self._last_report = RefreshReport(
             sizes=tuple(self.cluster_sizes.tolist()),

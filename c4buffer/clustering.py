@@ -69,10 +69,11 @@ class MixtureClusterer:
     def __call__(self, embeddings: Tensor, previous: Tensor | None = None) -> Tensor:
         """Responsibilities [N, K] of the rows of embeddings [N, E]."""
         check_finite("embeddings", embeddings)
-        mean, scale = column_scaling(embeddings)
+        mean, scale = (moment.to(embeddings).double() for moment in column_scaling(embeddings))  # as the rows see them
         standardised = (embeddings - mean.to(embeddings)) / scale.to(embeddings)
         initial, last = None, self.mixture
-        if self.warm_start and previous is not None and last is not None and last.means.shape[1] == embeddings.shape[1]:
+        shape = (self._gaussian_mixture.n_components, embeddings.shape[1])  # K may have been lowered the last time
+        if self.warm_start and previous is not None and last is not None and last.means.shape == shape:
             initial = last.rescaled(-mean / scale, 1 / scale)
         result = self._gaussian_mixture.fit(standardised, initial=initial)
         self.mixture = result.rescaled(mean, scale)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_finite, check_integer, fail, shape_of
-from .transitions import Observations, Transitions, map_observations, observation_leaves, with_leaves
+from .transitions import Observations, Transitions, observation_leaves, with_leaves
 
 CHUNK_ROWS = 4096  # rows whose gradients are taken at once: the activations of a 256-wide layer fit the cache
 
@@ -54,7 +54,8 @@ class Critics:
             members = members_of(value)
             if not members or not all(callable(member) for member in members):
                 fail(name, "a callable or a sequence of callables", type(value).__name__)
-        for name, value in (("critic", critic), ("target", target), ("policy", policy), ("features", features), ("encode", encode)):  # fmt: skip
+        fields = {"critic": critic, "target": target, "policy": policy, "features": features, "encode": encode}
+        for name, value in fields.items():
             object.__setattr__(self, name, value)
 
     @functools.cached_property
@@ -149,7 +150,7 @@ def _columns_of(output: Any, batch_size: int, *, name: str) -> list[Tensor]:
         if output.ndim == 2 and output.shape[1] == batch_size:
             return list(output.unbind(0))
     expected = f"[B], [B, 1], [n, B] or [n, B, 1] with B = {batch_size} for continuous actions"
-    fail(name, expected, shape_of(output) if isinstance(output, Tensor) else type(output).__name__)
+    return fail(name, expected, shape_of(output) if isinstance(output, Tensor) else type(output).__name__)
 
 
 def _rows_of(output: Any, actions: Tensor, *, name: str) -> list[Tensor]:
@@ -159,7 +160,7 @@ def _rows_of(output: Any, actions: Tensor, *, name: str) -> list[Tensor]:
         chosen = actions.reshape(1, -1, 1).expand(len(table), -1, 1)
         return list(table.gather(2, chosen).squeeze(2).unbind(0))
     expected = f"[B, n_actions] or [n, B, n_actions] with B = {len(actions)} for discrete actions"
-    fail(name, expected, shape_of(output) if isinstance(output, Tensor) else type(output).__name__)
+    return fail(name, expected, shape_of(output) if isinstance(output, Tensor) else type(output).__name__)
 
 
 def differentiable_inputs(observations: Observations, actions: Tensor) -> tuple[Observations, Tensor, list[Tensor]]:
@@ -175,14 +176,25 @@ def differentiable_inputs(observations: Observations, actions: Tensor) -> tuple[
     return observations, actions, leaves
 
 
-def flat_gradients(outputs: Sequence[Tensor], leaves: Sequence[Tensor], *, create_graph: bool, name: str) -> list[Tensor]:
+def flat_gradients(
+    outputs: Sequence[Tensor],
+    leaves: Sequence[Tensor],
+    *,
+    create_graph: bool = False,
+    retain_graph: bool = False,
+    name: str,
+) -> list[Tensor]:
     """Gradient of the sum of `outputs` by each leaf, [B, d] each; zeros for a leaf that they do not depend on."""
     if not all(output.requires_grad for output in outputs):
         fail(name, "values that can be differentiated by observations and actions", "values without a graph")
     gradients = torch.autograd.grad(
-        outputs, leaves, [torch.ones_like(output) for output in outputs],
-        create_graph=create_graph, retain_graph=create_graph, allow_unused=True,
-    )  # fmt: skip
+        outputs,
+        leaves,
+        [torch.ones_like(output) for output in outputs],
+        create_graph=create_graph,
+        retain_graph=create_graph or retain_graph,
+        allow_unused=True,
+    )
     return [
         torch.zeros_like(leaf).flatten(1) if gradient is None else gradient.flatten(1)
         for leaf, gradient in zip(leaves, gradients)
@@ -192,8 +204,8 @@ def flat_gradients(outputs: Sequence[Tensor], leaves: Sequence[Tensor], *, creat
 def stacked_gradients(critics: Critics, batch: Transitions, *, chunk_size: int = CHUNK_ROWS) -> Tensor:
     """The pairs of input gradients that C4 clusters: y = [g', g], [N, 2D].
 
-    g = grad_x Q(x) at x = (s, a) flattened; g' = (1 - d) grad_x' Q_target(x') at x' = (s', a'). For an ensemble Q is the
-    members' mean. With discrete actions x = s. No graph is kept; modes, parameter gradients and statistics of the
+    g = grad_x Q(x) at x = (s, a) flattened; g' = (1 - d) grad_x' Q_target(x') at x' = (s', a'). For an ensemble Q is
+    the members' mean. With discrete actions x = s. No graph is kept; modes, parameter gradients and statistics of the
     networks stay as they are.
 
     Args:
@@ -250,7 +262,7 @@ def _mean_gradient(critic: Any, observations: Observations, actions: Tensor, *, 
         values = member_values(critic, observations, actions, name=name)
         mean = torch.stack(values).mean(dim=0)
     check_finite(name, mean.detach(), hint="; has the training diverged?")
-    gradient = torch.cat(flat_gradients([mean], leaves, create_graph=False, name=name), dim=1)
+    gradient = torch.cat(flat_gradients([mean], leaves, name=name), dim=1)
     check_finite(f"gradient of {name}", gradient, hint="; has the training diverged?")
     return gradient
 
@@ -275,11 +287,17 @@ def member_features(
         elif hasattr(member, "features"):
             read = member.features(observations, actions)
         else:
-            fail("features", f"a callable, or a {name} with a method `features(observations, actions)`",
-                 f"None and a {type(member).__name__} without one")  # fmt: skip
+            fail(
+                "features",
+                f"a callable, or a {name} with a method `features(observations, actions)`",
+                f"None and a {type(member).__name__} without one",
+            )
         if not isinstance(read, Tensor) or read.ndim != 2 or len(read) != len(actions):
-            fail("features", f"[B, F] with B = {len(actions)}",
-                 shape_of(read) if isinstance(read, Tensor) else type(read).__name__)  # fmt: skip
+            fail(
+                "features",
+                f"[B, F] with B = {len(actions)}",
+                shape_of(read) if isinstance(read, Tensor) else type(read).__name__,
+            )
         features.append(read)
     return features
 
@@ -314,16 +332,12 @@ def _member_gradients(
         width = len(copies[0][2])
         gradients = [torch.cat(parts[i : i + width], dim=1) for i in range(0, len(parts), width)]
         return [output[0] for output in outputs], gradients
-    gradients = []
-    for output, (_, _, leaves) in zip(outputs, copies):
-        for value in output:
-            if not value.requires_grad:
-                fail(name, "values that can be differentiated by observations and actions", "values without a graph")
-            parts = torch.autograd.grad(
-                value.sum(), leaves, create_graph=create_graph, retain_graph=True, allow_unused=True
-            )
-            gradients.append(
-                torch.cat([torch.zeros_like(leaf).flatten(1) if part is None else part.flatten(1)
-                           for leaf, part in zip(leaves, parts)], dim=1)
-            )  # fmt: skip
+    gradients = [
+        torch.cat(
+            flat_gradients([value], leaves, create_graph=create_graph, retain_graph=True, name=name),
+            dim=1,
+        )
+        for output, (_, _, leaves) in zip(outputs, copies)
+        for value in output
+    ]
     return [value for output in outputs for value in output], gradients

@@ -148,15 +148,19 @@ class GaussianMixture:
             parameters = em.maximise_from(self._start(X))
         elif isinstance(initial, MixtureResult):
             if initial.means.shape[1] != X.shape[1] or initial.covariance != self.covariance:
-                fail("initial", f"a {self.covariance!r} mixture in {X.shape[1]} dimensions",
-                     f"a {initial.covariance!r} one in {initial.means.shape[1]}")  # fmt: skip
+                fail(
+                    "initial",
+                    f"a {self.covariance!r} mixture in {X.shape[1]} dimensions",
+                    f"a {initial.covariance!r} one in {initial.means.shape[1]}",
+                )
             parameters = em.parameters_of(initial)
         else:
             parameters = em.maximise_from(self._checked_responsibilities(initial, X))
 
         iterations, converged, previous = 0, False, -math.inf
         while iterations < self.max_iterations and not converged:
-            parameters, log_likelihood = em.step(parameters)
+            first_of_warm = iterations == 0 and isinstance(initial, MixtureResult)
+            parameters, log_likelihood = (em.step_from_afar if first_of_warm else em.step)(parameters)
             converged = abs(log_likelihood - previous) < self.tolerance
             previous = log_likelihood
             iterations += 1
@@ -241,8 +245,13 @@ class _ExpectationMaximisation:
         log_likelihood = float(total) / len(self.X)
         return self._maximise(moments, parameters.means, parameters), log_likelihood
 
-    def maximise_from(self, responsibilities: Tensor) -> _Parameters:
-        """An M-step from given responsibilities [N, K]."""
+    def step_from_afar(self, parameters: _Parameters) -> tuple[_Parameters, float]:
+        """The same in three passes, for means that may be far from all rows: moments around those are all rounding."""
+        responsibilities, log_likelihood = self.responsibilities(parameters)
+        return self.maximise_from(responsibilities, parameters), log_likelihood
+
+    def maximise_from(self, responsibilities: Tensor, previous: _Parameters | None = None) -> _Parameters:
+        """An M-step from given responsibilities [N, K], those of `previous` where there is one."""
         mass = responsibilities.sum(dim=0, dtype=torch.float64)
         sums = torch.zeros(len(mass), self.X.shape[1], dtype=torch.float64, device=self.X.device)
         for rows, chunk in self._chunks(1):
@@ -251,7 +260,7 @@ class _ExpectationMaximisation:
         moments = _Moments.zeros(centres, self.covariance)
         for rows, chunk in self._chunks(len(mass)):
             moments.add(responsibilities[rows].T, self._differences(chunk, centres))
-        return self._maximise(moments, centres, None)
+        return self._maximise(moments, centres, previous)
 
     def _maximise(self, moments: _Moments, centres: Tensor, previous: _Parameters | None) -> _Parameters:
         """The M-step from moments that were taken around `centres` [K, E]."""
@@ -277,10 +286,12 @@ class _ExpectationMaximisation:
             explained = torch.cat([-(chunk - self.origin).square().sum(dim=1) for _, chunk in self._chunks(1)])
         else:
             factors = self._factors(previous)
-            explained = torch.cat([
-                self._expect(self._differences(chunk, previous.means), factors)[1]
-                for _, chunk in self._chunks(len(previous.weights))
-            ])  # fmt: skip
+            explained = torch.cat(
+                [
+                    self._expect(self._differences(chunk, previous.means), factors)[1]
+                    for _, chunk in self._chunks(len(previous.weights))
+                ]
+            )
         worst = explained.topk(min(len(vacant), len(explained)), largest=False).indices
         worst = worst[torch.arange(len(vacant), device=worst.device) % len(worst)]
         means, weights = parameters.means.clone(), parameters.weights.clone()
@@ -373,11 +384,12 @@ def _cholesky(covariances: Tensor) -> Tensor:
         amount = torch.where(info != 0, jitter * scale, amount)  # what has enough keeps it
         lower, info = torch.linalg.cholesky_ex(covariances + amount.view(-1, 1, 1) * eye)
         jitter *= 10
-    return lower
+    factors: Tensor = lower
+    return factors
 
 
 def kmeans(X: Tensor, n_clusters: int, *, generator: torch.Generator) -> tuple[Tensor, int]:
-    """k-means++ draw and a few Lloyd steps: labels [N], and the number of clusters (fewer when rows are not distinct)."""
+    """k-means++ draw and a few Lloyd steps: labels [N], and how many clusters (fewer when rows are not distinct)."""
     origin = _mean(X).to(X.dtype)
     centres: list[Tensor] = []
     nearest = torch.full((len(X),), math.inf, dtype=X.dtype, device=X.device)

@@ -31,7 +31,8 @@ class RingStorage:
 
     def cast(self, transitions: Transitions) -> Transitions:
         """The same transitions, floating values in the floating dtypes of the rows stored."""
-        return Transitions.unchecked({n: _cast(value, self._columns.get(n, value)) for n, value in transitions.columns()})
+        columns = transitions.columns()
+        return Transitions.unchecked({name: _cast(value, self._columns.get(name, value)) for name, value in columns})
 
     def write(self, transitions: Transitions) -> Tensor:
         """Append rows; of more than fit, the last. Returns their slots, int64, in the order of the rows."""

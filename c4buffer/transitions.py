@@ -62,7 +62,7 @@ class Transitions:
     A batch drawn from a buffer also has `indices` [N] (rows of the buffer) and `cluster` (-1 before the first refresh).
 
     Raises:
-        ValueError: for a wrong shape or dtype, and for a value that is not finite; names the field and the first bad row.
+        ValueError: for a wrong shape or dtype, or a value that is not finite; names the field and the first bad row.
 
     >>> t = Transitions(observations=[[0.0], [1.0]], actions=[[0.1], [0.2]], rewards=[1.0, 2.0],
     ...                 next_observations=[[1.0], [2.0]], terminals=[0, 1])
@@ -108,7 +108,9 @@ class Transitions:
             rewards = rewards.to(torch.get_default_dtype())
         check_finite("rewards", rewards)
         terminals = _as_flags("terminals", terminals, rows, like=rewards)
-        timeouts = torch.zeros_like(rewards) if timeouts is None else _as_flags("timeouts", timeouts, rows, like=rewards)
+        if timeouts is None:
+            timeouts = torch.zeros_like(rewards)
+        timeouts = _as_flags("timeouts", timeouts, rows, like=rewards)
         if not terminals[-1] and not timeouts[-1]:
             timeouts = timeouts.clone()
             timeouts[-1] = 1
@@ -121,8 +123,11 @@ class Transitions:
         else:
             next_actions = _as_actions("next_actions", next_actions, rows)
             if next_actions.shape != actions.shape or next_actions.dtype != actions.dtype:
-                fail("next_actions", f"the shape and dtype of actions, {shape_of(actions)} {actions.dtype}",
-                     f"{shape_of(next_actions)} {next_actions.dtype}")  # fmt: skip
+                fail(
+                    "next_actions",
+                    f"the shape and dtype of actions, {shape_of(actions)} {actions.dtype}",
+                    f"{shape_of(next_actions)} {next_actions.dtype}",
+                )
             has_next_actions = (
                 torch.ones_like(rewards)
                 if has_next_actions is None
@@ -147,9 +152,7 @@ class Transitions:
             object.__setattr__(self, name, value)
 
     @classmethod
-    def unchecked(
-        cls, columns: Mapping[str, Any], *, indices: Tensor | None = None, cluster: int = -1
-    ) -> Transitions:
+    def unchecked(cls, columns: Mapping[str, Any], *, indices: Tensor | None = None, cluster: int = -1) -> Transitions:
         """A record of `columns` (see `columns`) as they are: no check, no linking, no copy."""
         record = object.__new__(cls)
         record._set(**columns, indices=indices, cluster=cluster)
@@ -276,8 +279,11 @@ def _as_actions(argument: str, value: Any, rows: int) -> Tensor:
     actions = torch.as_tensor(value)
     if actions.is_floating_point():
         if actions.ndim != 2:
-            fail(argument, "[N, A] for continuous or integer [N] for discrete actions",
-                 f"{actions.dtype} {shape_of(actions)}")  # fmt: skip
+            fail(
+                argument,
+                "[N, A] for continuous or integer [N] for discrete actions",
+                f"{actions.dtype} {shape_of(actions)}",
+            )
         check_finite(argument, actions)
     else:
         if actions.dtype == torch.bool:

@@ -149,8 +149,13 @@ def test_from_transitions_has_room_for_them_unless_told_otherwise() -> None:
 def test_images_dicts_and_discrete_actions_pass_through() -> None:
     images = torch.randint(0, 256, (20, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     observations = {"image": images, "speed": torch.arange(20.0).unsqueeze(1)}
-    data = Transitions(observations=observations, actions=torch.arange(20) % 4, rewards=torch.zeros(20),
-                       next_observations=observations, terminals=torch.zeros(20))  # fmt: skip
+    data = Transitions(
+        observations=observations,
+        actions=torch.arange(20) % 4,
+        rewards=torch.zeros(20),
+        next_observations=observations,
+        terminals=torch.zeros(20),
+    )
     buffer = buffer_of(data)
     assert_same(held(buffer), data)
     batch = buffer.sample(5)
@@ -248,8 +253,12 @@ END = st.tuples(st.integers(0, 11), st.integers(0, 2), st.sampled_from(["termina
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(count=st.integers(1, 12), environments=st.integers(1, 3), ends=st.lists(END, max_size=8),
-       capacity=st.integers(1, 40))  # fmt: skip
+@given(
+    count=st.integers(1, 12),
+    environments=st.integers(1, 3),
+    ends=st.lists(END, max_size=8),
+    capacity=st.integers(1, 40),
+)
 def test_rows_added_are_linked_as_whole_episodes_are(
     count: int, environments: int, ends: list[tuple[int, int, str]], capacity: int
 ) -> None:
@@ -628,7 +637,7 @@ BREAKS: dict[str, tuple[str, Callable[..., Any], str]] = {
     "clusterer, type": ("clusterer", lambda e, r: np.ones((60, 1)), r"responsibilities: .* N = 60, got ndarray"),
     "clusterer, sums": ("clusterer", lambda e, r: torch.ones(60, 2), r"resp.*: .* one, got rows that miss it by 1"),
     "clusterer, NaN": ("clusterer", lambda e, r: torch.ones(60, 2) * torch.nan, r"resp.*: .* finite .*, got nan"),
-}  # fmt: skip
+}
 
 
 def breakable(case: str, broken: list[bool]) -> tuple[ClusteredReplayBuffer, Critics]:

@@ -360,7 +360,7 @@ def test_an_ensemble_sums_over_its_pairs(
 ) -> None:
     members, targets = (
         [make_critic(seed=seed, dtype=torch.float64) for seed in seeds] for seeds in ((1, 2, 3), (4, 5, 6))
-    )  # fmt: skip
+    )
     penalty = CovariancePenalty(0.5, scale=scale)
     found = penalty(Critics(in_form(form, members), in_form(form, targets)), batch)
     single = torch.stack([penalty(Critics(*pair), batch) for pair in zip(members, targets)]).sum()
@@ -595,10 +595,12 @@ def test_a_single_transition_has_no_covariance(
         ({"weight": 1, "trace_weight": -0.5}, "trace_weight: expected a finite number at least 0, got -0.5"),
         ({"weight": 1, "scale": "rel"}, "scale: expected one of 'raw', 'relative', 'correlation', got 'rel'"),
         ({"weight": 1, "kind": "features"}, "kind: expected one of 'gradient', 'feature', got 'features'"),
-        ({"weight": 1, "kind": "feature", "scale": "relative"},
-         "scale: expected 'raw' for kind='feature', which has no other form, got 'relative'"),
+        (
+            {"weight": 1, "kind": "feature", "scale": "relative"},
+            "scale: expected 'raw' for kind='feature', which has no other form, got 'relative'",
+        ),
     ],
-)  # fmt: skip
+)
 def test_wrong_options_are_refused_by_name(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         CovariancePenalty(**arguments)

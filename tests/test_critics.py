@@ -154,9 +154,8 @@ def test_structured_observations_are_flattened_in_a_fixed_order(
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     b, a, next_b, next_a, actions = (
-        torch.randn(6, *shape, generator=generator, dtype=torch.float64)
-        for shape in ((2, 2), (3,), (2, 2), (3,), (2,))
-    )  # fmt: skip
+        torch.randn(6, *shape, generator=generator, dtype=torch.float64) for shape in ((2, 2), (3,), (2, 2), (3,), (2,))
+    )
     critic, target = (make_critic(9, seed=seed, dtype=torch.float64) for seed in (1, 2))
 
     def parts(observations: Any) -> tuple[Tensor, Tensor]:
@@ -183,8 +182,13 @@ def test_structured_observations_are_flattened_in_a_fixed_order(
 def test_bytes_of_an_image_are_differentiated_as_numbers(make_critic: Callable[..., nn.Module]) -> None:
     critic = make_critic(4 + 1, seed=1)
     image = torch.arange(12, dtype=torch.uint8).reshape(3, 1, 2, 2)
-    batch = Transitions(observations=image, actions=torch.ones(3, 1), rewards=torch.zeros(3), next_observations=image,
-                        terminals=torch.zeros(3))  # fmt: skip
+    batch = Transitions(
+        observations=image,
+        actions=torch.ones(3, 1),
+        rewards=torch.zeros(3),
+        next_observations=image,
+        terminals=torch.zeros(3),
+    )
 
     def reading(s: Tensor, a: Tensor) -> Tensor:
         value: Tensor = critic(s.flatten(1) / 255, a)
@@ -452,12 +456,14 @@ CONTINUOUS = "expected [B], [B, 1], [n, B] or [n, B, 1] with B = 12 for continuo
         (lambda s, a: s @ s.T[:, :3], "critic: " + CONTINUOUS + "[12, 3]"),
         (lambda s, a: s.sum(), "critic: " + CONTINUOUS + "[]"),
         (lambda s, a: {"q": s}, "critic: " + CONTINUOUS + "dict"),
-        (lambda s, a: torch.ones(12, dtype=torch.float64),
-         "critic: expected values that can be differentiated by observations and actions, got values without a graph"),
+        (
+            lambda s, a: torch.ones(12, dtype=torch.float64),
+            "critic: expected values that can be differentiated by observations and actions, got values without",
+        ),
         (lambda s, a: s[:, 0] / 0 * 0, "critic: expected finite values, got nan in row 0 (12 of 12 rows are bad); has"),
         (lambda s, a: (s[:, 0] - s[:, 0]).abs().sqrt(), "gradient of critic: expected finite values, got nan in row 0"),
     ],
-)  # fmt: skip
+)
 def test_a_critic_that_returns_something_else_is_named(
     critic: Callable[..., Any], message: str, batch: Transitions, pair: tuple[nn.Module, nn.Module]
 ) -> None:
@@ -482,13 +488,16 @@ def test_a_policy_must_return_an_action_for_each_row(batch: Transitions, pair: t
 @pytest.mark.parametrize(
     ("features", "message"),
     [
-        (None, "features: expected a callable, or a critic with a method `features(observations, actions)`, "
-               "got None and a Linear without one"),
+        (
+            None,
+            "features: expected a callable, or a critic with a method `features(observations, actions)`, "
+            "got None and a Linear without one",
+        ),
         (lambda member, s, a: s[:, 0], "features: expected [B, F] with B = 12, got [12]"),
         (lambda member, s, a: None, "features: expected [B, F] with B = 12, got NoneType"),
         (lambda member, s, a: s / 0, "features: expected finite values, got"),
     ],
-)  # fmt: skip
+)
 def test_features_that_can_not_be_read_are_an_error(features: Any, message: str, batch: Transitions) -> None:
     network = nn.Linear(3, 1)
     with pytest.raises(ValueError, match=re.escape(message)):

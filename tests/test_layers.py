@@ -153,8 +153,9 @@ def test_public_names_are_sorted_and_all_that_is_imported() -> None:
     assert sorted(imported) == sorted(c4buffer.__all__) == c4buffer.__all__
 
 
-@pytest.mark.parametrize("path", [*modules().values(), *(path for _, path in integration_files())],
-                         ids=lambda path: path.stem)  # fmt: skip
+@pytest.mark.parametrize(
+    "path", [*modules().values(), *(path for _, path in integration_files())], ids=lambda path: path.stem
+)
 def test_every_module_says_what_it_is(path: Path) -> None:
     docstring = ast.get_docstring(ast.parse(path.read_text()))
     assert docstring

@@ -150,6 +150,8 @@ def test_the_log_likelihood_never_falls(covariance: Any, seed: int) -> None:
         course.append(result.log_likelihood)
     assert min(after - before for before, after in itertools.pairwise(course)) > -1e-12
     assert course[-1] > course[0] + 0.01
+    at_once = GaussianMixture(3, covariance=covariance, regularization=0, max_iterations=40, tolerance=0)
+    assert at_once.fit(X, initial=start).log_likelihood == pytest.approx(course[-1], abs=1e-10)
 
 
 def test_without_a_step_the_result_is_the_m_step_of_the_initial_responsibilities() -> None:
@@ -190,6 +192,19 @@ def test_a_warm_start_begins_with_an_e_step(covariance: Any) -> None:
     one = GaussianMixture(3, max_iterations=1, **options).fit(moved, initial=first)
     by_hand = GaussianMixture(3, max_iterations=0, **options).fit(moved, initial=kept.responsibilities)
     assert_mixtures_close(one, by_hand, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("far", [1e3, 1e6, 1e12])
+def test_a_warm_start_from_far_away_takes_exact_moments_in_float32(far: float) -> None:
+    X, start = blobs()
+    X = X.float()
+    first = GaussianMixture(2, max_iterations=0).fit(X, initial=start[:, :2].float().softmax(dim=1))
+    away = first.rescaled(torch.full((3,), far), torch.full((3,), far))
+    result = GaussianMixture(2, max_iterations=1, regularization=0).fit(X, initial=away)
+    expected = GaussianMixture(2, max_iterations=0, regularization=0).fit(
+        X, initial=away.responsibilities_of(X).float()
+    )
+    assert_mixtures_close(result, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_it_stops_when_the_log_likelihood_moves_by_less_than_the_tolerance() -> None:
@@ -474,10 +489,12 @@ def test_wrong_options_are_refused_by_name(options: dict[str, Any], message: str
         (GOOD[0], "X: expected a floating tensor [N, E] with at least one row and column, got torch.float32 [2]"),
         (GOOD[:0], "X: expected a floating tensor [N, E] with at least one row and column, got torch.float32 [0, 2]"),
         (GOOD / torch.tensor([1.0, 0.0]), "X: expected finite values, got inf in row 0 (6 of 6 rows are bad)"),
-        (GOOD * 1e30, "X: expected columns that span at most 5.32512e+18, so that torch.float32 holds their squares, "
-                      "got 1e+31"),
+        (
+            GOOD * 1e30,
+            "X: expected columns that span at most 5.32512e+18, so that torch.float32 holds their squares, got 1e+31",
+        ),
     ],
-)  # fmt: skip
+)
 def test_wrong_rows_are_refused(X: Any, message: str) -> None:
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         GaussianMixture(2).fit(X)
@@ -493,15 +510,21 @@ def fitted(**options: Any) -> MixtureResult:
         (lambda: torch.ones(6, 3) / 3, "initial: expected responsibilities [6, 2], got [6, 3]"),
         (lambda: torch.ones(5, 2) / 2, "initial: expected responsibilities [6, 2], got [5, 2]"),
         (lambda: torch.full((6, 2), float("nan")), "initial: expected finite values, got nan in row 0"),
-        (lambda: torch.ones(6, 2),
-         "initial: expected responsibilities: not negative, rows that sum to one, got rows that miss it by 1"),
-        (lambda: torch.tensor([1.5, -0.5]).repeat(6, 1),
-         "initial: expected responsibilities: not negative, rows that sum to one, got"),
-        (lambda: fitted(covariance="diag"),
-         "initial: expected a 'full' mixture in 2 dimensions, got a 'diag' one in 2"),
+        (
+            lambda: torch.ones(6, 2),
+            "initial: expected responsibilities: not negative, rows that sum to one, got rows that miss it by 1",
+        ),
+        (
+            lambda: torch.tensor([1.5, -0.5]).repeat(6, 1),
+            "initial: expected responsibilities: not negative, rows that sum to one, got",
+        ),
+        (
+            lambda: fitted(covariance="diag"),
+            "initial: expected a 'full' mixture in 2 dimensions, got a 'diag' one in 2",
+        ),
         (lambda: fitted().rescaled(torch.zeros(1), torch.ones(1)), None),
     ],
-)  # fmt: skip
+)
 def test_an_initial_that_does_not_fit_is_refused(initial: Callable[[], Any], message: str | None) -> None:
     if message is None:  # a mixture of the right form is welcome, in whatever precision
         assert GaussianMixture(2).fit(GOOD, initial=initial()).means.dtype == GOOD.dtype

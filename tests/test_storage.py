@@ -47,8 +47,9 @@ FORMS: dict[str, Any] = {
 
 
 def in_form(form: str, start: int, count: int, **fields: Any) -> Transitions:
-    return counted(start, count, observations=FORMS[form](start, count),
-                   next_observations=FORMS[form](start + 1, count), **fields)  # fmt: skip
+    return counted(
+        start, count, observations=FORMS[form](start, count), next_observations=FORMS[form](start + 1, count), **fields
+    )
 
 
 def leaves(transitions: Transitions) -> list[Tensor]:

@@ -141,8 +141,13 @@ def test_concatenate_neither_closes_nor_links_across_its_parts() -> None:
 
 
 def test_scalars_may_come_as_columns() -> None:
-    flat = build(3, timeouts=torch.tensor([0, 1, 0]), intervals=torch.tensor([1, 1, 2]), next_actions=torch.ones(3, 2),
-                 has_next_actions=torch.tensor([1, 0, 1]))  # fmt: skip
+    flat = build(
+        3,
+        timeouts=torch.tensor([0, 1, 0]),
+        intervals=torch.tensor([1, 1, 2]),
+        next_actions=torch.ones(3, 2),
+        has_next_actions=torch.tensor([1, 0, 1]),
+    )
     scalars = ("rewards", "terminals", "timeouts", "intervals", "has_next_actions")
     columns = build(3, next_actions=torch.ones(3, 2), **{name: getattr(flat, name).unsqueeze(1) for name in scalars})
     for name in scalars:
@@ -268,58 +273,86 @@ def nan_at(*rows: int) -> Tensor:
     ("fields", "message"),
     [
         ({"rewards": nan_at(1, 3)}, "rewards: expected finite values, got nan in row 1 (2 of 4 rows are bad)"),
-        ({"rewards": torch.tensor([0, 0, 0, -torch.inf])},
-         "rewards: expected finite values, got -inf in row 3 (1 of 4 rows are bad)"),
+        (
+            {"rewards": torch.tensor([0, 0, 0, -torch.inf])},
+            "rewards: expected finite values, got -inf in row 3 (1 of 4 rows are bad)",
+        ),
         ({"actions": nan_at(2).unsqueeze(1)}, "actions: expected finite values, got nan in row 2"),
-        ({"next_actions": nan_at(2).unsqueeze(1).repeat(1, 2)},
-         "next_actions: expected finite values, got nan in row 2"),
+        (
+            {"next_actions": nan_at(2).unsqueeze(1).repeat(1, 2)},
+            "next_actions: expected finite values, got nan in row 2",
+        ),
         ({"observations": nan_at(0).unsqueeze(1)}, "observations: expected finite values, got nan in row 0"),
-        ({"next_observations": nan_at(3).unsqueeze(1).repeat(1, 3)},
-         "next_observations: expected finite values, got nan in row 3"),
+        (
+            {"next_observations": nan_at(3).unsqueeze(1).repeat(1, 3)},
+            "next_observations: expected finite values, got nan in row 3",
+        ),
         ({"rewards": torch.zeros(5)}, "rewards: expected 4 rows, as many as observations, got 5"),
         ({"actions": torch.zeros(3, 2)}, "actions: expected 4 rows, as many as observations, got 3"),
         ({"actions": torch.zeros(3, dtype=torch.int64)}, "actions: expected 4 rows, as many as observations, got 3"),
         ({"terminals": torch.zeros(3)}, "terminals: expected 4 rows, as many as observations, got 3"),
         ({"timeouts": torch.zeros(5)}, "timeouts: expected 4 rows, as many as observations, got 5"),
         ({"intervals": torch.ones(1)}, "intervals: expected 4 rows, as many as observations, got 1"),
-        ({"next_observations": torch.zeros(3, 3)},
-         "next_observations: expected the form of observations, [4, 3] torch.float32, got [3, 3] torch.float32"),
+        (
+            {"next_observations": torch.zeros(3, 3)},
+            "next_observations: expected the form of observations, [4, 3] torch.float32, got [3, 3] torch.float32",
+        ),
         ({"rewards": torch.zeros(4, 2)}, "rewards: expected [N] or [N, 1], got [4, 2]"),
         ({"rewards": torch.tensor(0.0)}, "rewards: expected [N] or [N, 1], got []"),
         ({"observations": torch.zeros(4)}, "observations: expected [N, ...] with at least one axis after N, got [4]"),
         ({"observations": {}}, "observations: expected at least one tensor, got an empty structure"),
-        ({"observations": (torch.zeros(4, 1), torch.zeros(3, 1))},
-         "observations: expected 4 rows in every part, got 3"),
+        (
+            {"observations": (torch.zeros(4, 1), torch.zeros(3, 1))},
+            "observations: expected 4 rows in every part, got 3",
+        ),
         ({"observations": torch.zeros(0, 3)}, "observations: expected at least one transition, got none"),
-        ({"observations": {"a": torch.zeros(4, 3)}, "next_observations": {"b": torch.zeros(4, 3)}},
-         "next_observations: expected the form of observations, {'a': [4, 3] torch.float32}, "
-         "got {'b': [4, 3] torch.float32}"),
-        ({"next_observations": (torch.zeros(4, 3),)},
-         "next_observations: expected the form of observations, [4, 3] torch.float32, got ([4, 3] torch.float32)"),
-        ({"next_observations": torch.zeros(4, 3, dtype=torch.float64)},
-         "next_observations: expected the form of observations, [4, 3] torch.float32, got [4, 3] torch.float64"),
-        ({"actions": torch.zeros(4)},
-         "actions: expected [N, A] for continuous or integer [N] for discrete actions, got torch.float32 [4]"),
+        (
+            {"observations": {"a": torch.zeros(4, 3)}, "next_observations": {"b": torch.zeros(4, 3)}},
+            "next_observations: expected the form of observations, {'a': [4, 3] torch.float32}, "
+            "got {'b': [4, 3] torch.float32}",
+        ),
+        (
+            {"next_observations": (torch.zeros(4, 3),)},
+            "next_observations: expected the form of observations, [4, 3] torch.float32, got ([4, 3] torch.float32)",
+        ),
+        (
+            {"next_observations": torch.zeros(4, 3, dtype=torch.float64)},
+            "next_observations: expected the form of observations, [4, 3] torch.float32, got [4, 3] torch.float64",
+        ),
+        (
+            {"actions": torch.zeros(4)},
+            "actions: expected [N, A] for continuous or integer [N] for discrete actions, got torch.float32 [4]",
+        ),
         ({"actions": torch.zeros(4, 2, dtype=torch.int64)}, "actions: expected [N] or [N, 1], got [4, 2]"),
         ({"actions": torch.tensor(3)}, "actions: expected [N] or [N, 1], got []"),
         ({"actions": torch.zeros(4, dtype=torch.bool)}, "actions: expected floating or integer values, got bool"),
-        ({"next_actions": torch.zeros(4, 3)},
-         "next_actions: expected the shape and dtype of actions, [4, 2] torch.float32, got [4, 3] torch.float32"),
-        ({"next_actions": torch.zeros(4, dtype=torch.int64)},
-         "next_actions: expected the shape and dtype of actions, [4, 2] torch.float32, got [4] torch.int64"),
-        ({"has_next_actions": torch.ones(4)},
-         "has_next_actions: expected to come together with next_actions, got it alone"),
+        (
+            {"next_actions": torch.zeros(4, 3)},
+            "next_actions: expected the shape and dtype of actions, [4, 2] torch.float32, got [4, 3] torch.float32",
+        ),
+        (
+            {"next_actions": torch.zeros(4, dtype=torch.int64)},
+            "next_actions: expected the shape and dtype of actions, [4, 2] torch.float32, got [4] torch.int64",
+        ),
+        (
+            {"has_next_actions": torch.ones(4)},
+            "has_next_actions: expected to come together with next_actions, got it alone",
+        ),
         ({"terminals": torch.tensor([0, 1, 2, 2])}, "terminals: expected 0 or 1, got 2.0 in row 2"),
         ({"terminals": nan_at(1)}, "terminals: expected 0 or 1, got nan in row 1"),
         ({"timeouts": torch.tensor([0.0, 0.5, 0.0, 0.0])}, "timeouts: expected 0 or 1, got 0.5 in row 1"),
-        ({"next_actions": torch.zeros(4, 2), "has_next_actions": torch.tensor([1, -1, 0, 0])},
-         "has_next_actions: expected 0 or 1, got -1.0 in row 1"),
+        (
+            {"next_actions": torch.zeros(4, 2), "has_next_actions": torch.tensor([1, -1, 0, 0])},
+            "has_next_actions: expected 0 or 1, got -1.0 in row 1",
+        ),
         ({"intervals": torch.tensor([1, 0, 1, 1])}, "intervals: expected whole numbers from 1, got 0.0 in row 1"),
         ({"intervals": torch.tensor([1, 1, 1.5, 1])}, "intervals: expected whole numbers from 1, got 1.5 in row 2"),
-        ({"intervals": torch.tensor([1, 1, 1, torch.inf])},
-         "intervals: expected whole numbers from 1, got inf in row 3"),
+        (
+            {"intervals": torch.tensor([1, 1, 1, torch.inf])},
+            "intervals: expected whole numbers from 1, got inf in row 3",
+        ),
     ],
-)  # fmt: skip
+)
 def test_wrong_input_is_refused_by_name(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         build(4, **fields)
@@ -329,10 +362,12 @@ def test_wrong_input_is_refused_by_name(fields: dict[str, Any], message: str) ->
     ("parts", "message"),
     [
         (list, "parts: expected at least one Transitions, got none"),
-        (lambda: [build(2), build(3, observations=torch.zeros(3, 5), next_observations=torch.zeros(3, 5))],
-         "parts: expected the form of observations, [N, 3] torch.float32, got [N, 5] torch.float32"),
+        (
+            lambda: [build(2), build(3, observations=torch.zeros(3, 5), next_observations=torch.zeros(3, 5))],
+            "parts: expected the form of observations, [N, 3] torch.float32, got [N, 5] torch.float32",
+        ),
     ],
-)  # fmt: skip
+)
 def test_concatenate_refuses_parts_that_do_not_fit(parts: Callable[[], list[Transitions]], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         Transitions.concatenate(parts())

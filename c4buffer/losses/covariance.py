@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from contextlib import nullcontext
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,10 +15,6 @@ from ..critics import Critics, member_features, paired_gradients
 from ..transitions import Transitions
 
 ROUNDINGS = 32  # what a few layers of a few hundred units leave in gradients that are equal but for rounding
-
-F = TypeVar("F", bound=Callable[..., Any])
-# AOT autograd has no second derivatives: in a compiled loss the penalty runs eagerly, and so do compiled critics in it.
-_eager: Callable[[F], F] = torch.compiler.disable
 
 
 def cross_covariance(target_gradients: Tensor, gradients: Tensor) -> Tensor:
@@ -124,14 +122,22 @@ class CovariancePenalty:
         self.scale = scale
         self.kind = kind
 
-    @_eager
     def __call__(self, critics: Critics, batch: Transitions) -> Tensor:
         """The penalty on one batch, a scalar with a graph to the critic's parameters.
 
         Raises:
             ValueError: for critics of the wrong form (see `Critics`), and for gradients of fewer than two transitions.
         """
-        with critics.evaluating(), torch.compiler.set_stance("force_eager"):
+        if torch.compiler.is_compiling():
+            # AOT autograd has no second derivatives: in a compiled loss the penalty runs eagerly.
+            evaluate: Callable[[Critics, Transitions], Tensor] = torch.compiler.disable(self._evaluate)
+            return evaluate(critics, batch)
+        return self._evaluate(critics, batch)
+
+    def _evaluate(self, critics: Critics, batch: Transitions) -> Tensor:
+        # Critics that are compiled themselves run eagerly too. Where nobody compiles, the compiler is not imported.
+        eagerly = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+        with critics.evaluating(), eagerly:
             return self._feature(critics, batch) if self.kind == "feature" else self._gradient(critics, batch)
 
     def _gradient(self, critics: Critics, batch: Transitions) -> Tensor:
@@ -175,7 +181,10 @@ def _centred(values: Tensor) -> Tensor:
 
 def _check_pair(target_gradients: Tensor, gradients: Tensor) -> None:
     if gradients.ndim != 2 or target_gradients.shape != gradients.shape:
-        fail("target_gradients and gradients", "one shape [B, D]",
-             f"{shape_of(target_gradients)} and {shape_of(gradients)}")  # fmt: skip
+        fail(
+            "target_gradients and gradients",
+            "one shape [B, D]",
+            f"{shape_of(target_gradients)} and {shape_of(gradients)}",
+        )
     if len(gradients) < 2:
         fail("gradients", "at least two rows, or there is no covariance", len(gradients))

@@ -60,7 +60,7 @@ def wrap(algo: Any, **fields: Any) -> Any:
 def armed(algo: Any, config: C4Config) -> Any:
     """The algorithm, given C4's subclass and config."""
     _check_supported(algo)
-    algo.__class__ = _algorithm_class(type(algo))
+    algo.__class__ = _algorithm_class(algo.__class__)
     algo._c4_config = config
     algo._c4_reported = None
     algo.c4_buffer = None
@@ -176,11 +176,11 @@ class C4Impl:
         penalty = self.c4_penalty(self.c4_critics, from_mini_batch(batch))
         parts = {field.name: getattr(loss, field.name) for field in dataclasses.fields(loss)}
         parts["critic_loss"] = loss.critic_loss + self._c4_every * penalty
-        return _loss_class(type(loss))(**parts, c4_penalty=penalty.detach())
+        return _loss_class(loss.__class__)(**parts, c4_penalty=penalty.detach())
 
 
 def _arm_impl(impl: Any, config: C4Config) -> None:
-    impl.__class__ = _impl_class(type(impl))
+    impl.__class__ = _impl_class(impl.__class__)
     impl.c4_critics = critics_of_impl(impl, next_action=config.next_action)
     kind: Any = config.penalty_kind
     scale: Any = config.penalty_scale if kind == "gradient" else "raw"

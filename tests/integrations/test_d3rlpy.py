@@ -315,9 +315,14 @@ def test_save_load_and_continue(tmp_path: Path) -> None:
 def test_params_json_makes_the_same_algorithm_again(tmp_path: Path) -> None:
     algo = C4Config(base=small(IQLConfig), n_clusters=5, next_action="policy").create()
     algo.fit(
-        dataset_of(episodes(10)), n_steps=2, n_steps_per_epoch=2, show_progress=False,
-        experiment_name="run", with_timestamp=False, logger_adapter=FileAdapterFactory(root_dir=str(tmp_path)),
-    )  # fmt: skip
+        dataset_of(episodes(10)),
+        n_steps=2,
+        n_steps_per_epoch=2,
+        show_progress=False,
+        experiment_name="run",
+        with_timestamp=False,
+        logger_adapter=FileAdapterFactory(root_dir=str(tmp_path)),
+    )
     again = d3rlpy.algos.IQL.from_json(str(tmp_path / "run" / "params.json"))
     assert type(again) is type(algo)
     assert again.config.n_clusters == 5
