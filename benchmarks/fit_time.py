@@ -16,6 +16,7 @@ import io
 import logging
 import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def main() -> None:
     names = ("observations", "actions", "rewards", "terminals", "timeouts")
     dataset = d3rlpy.dataset.MDPDataset(**{name: getattr(data, name).numpy() for name in names})
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 110)
     machine = platform.processor() or platform.machine()
     console.print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {machine}")
     for penalty_every in ARMS.values():

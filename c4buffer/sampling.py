@@ -62,7 +62,7 @@ class SingleClusterSampler:
     @property
     def probabilities(self) -> Tensor:
         """p_z = mean_i r_iz as it stands, [K], float64, before any dissolving."""
-        return self._clustered().p
+        return self._clustered().p.clone()
 
     @property
     def clustered(self) -> bool:

@@ -16,6 +16,7 @@ import json
 import logging
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -241,7 +242,7 @@ def main() -> None:
     threads = max(1, (os.cpu_count() or 2) // len(ARMS))
     settings = Settings(arguments.data, arguments.updates, arguments.seed, arguments.clusters, threads)
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(f"TD3+BC plain and with C4, {threads} thread(s) each; {settings.path.name}")
     finished = train_both(settings, console)
     runs = {arm: run for arm, (run, _, _) in finished.items()}
