@@ -15,8 +15,9 @@ from .clustering import Clusterer, MixtureClusterer, squared_distances_to_means
 from .critics import CHUNK_ROWS, Critics, stacked_features, stacked_gradients
 from .losses.covariance import decompose_cross_covariance
 from .mixture import MixtureResult
+from .partition import check_responsibilities
 from .refresh import RefreshPolicy
-from .sampling import SingleClusterSampler, check_responsibilities
+from .sampling import SingleClusterSampler
 from .storage import RingStorage
 from .transitions import Observations, Transitions
 

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from ._checks import check_choice, check_finite, check_integer, check_number, fail, shape_of
+from .kmeans import kmeans
 
 Covariance = Literal["full", "diag", "tied"]
 
 CHUNK_FLOATS = 1 << 18  # of [K, rows, E] per pass: a megabyte or two, so that a chunk stays in the cache
-CHUNK_ROWS = 8192
-LLOYD_STEPS = 5  # of k-means after the k-means++ draw, as in C4's published code
 EMPTY_MASS = 0.5  # a component that explains less than half a row is empty
 LOG_2PI = math.log(2 * math.pi)
 
@@ -215,7 +214,7 @@ class _ExpectationMaximisation:
         self.X = X
         self.covariance = covariance
         self.regularization = regularization
-        self.origin = _mean(X).to(X.dtype)
+        self.origin = X.mean(dim=0, dtype=torch.float64).to(X.dtype)
 
     def parameters_of(self, mixture: MixtureResult) -> _Parameters:
         means = mixture.means.double() - self.origin.double()
@@ -386,45 +385,6 @@ def _cholesky(covariances: Tensor) -> Tensor:
         jitter *= 10
     factors: Tensor = lower
     return factors
-
-
-def kmeans(X: Tensor, n_clusters: int, *, generator: torch.Generator) -> tuple[Tensor, int]:
-    """k-means++ draw and a few Lloyd steps: labels [N], and how many clusters (fewer when rows are not distinct)."""
-    origin = _mean(X).to(X.dtype)
-    centres: list[Tensor] = []
-    nearest = torch.full((len(X),), math.inf, dtype=X.dtype, device=X.device)
-    row = int(torch.rand((), generator=generator, dtype=torch.float64) * len(X))
-    while len(centres) < n_clusters:
-        centres.append(X[row] - origin)
-        nearest = torch.minimum(nearest, _squared_distances(X, origin, centres[-1].unsqueeze(0))[:, 0])
-        cumulative = torch.cumsum(nearest, dim=0, dtype=torch.float64)
-        if float(cumulative[-1]) == 0:
-            break
-        drawn = torch.rand((), generator=generator, dtype=torch.float64).to(X.device) * cumulative[-1]
-        row = min(int(torch.searchsorted(cumulative, drawn, right=True)), len(X) - 1)
-    stacked = torch.stack(centres)
-    labels = _squared_distances(X, origin, stacked).argmin(dim=1)
-    for _ in range(LLOYD_STEPS):
-        counts = torch.bincount(labels, minlength=len(stacked)).double()
-        sums = torch.zeros(stacked.shape, dtype=torch.float64, device=X.device)
-        for part, label in zip(X.split(CHUNK_ROWS), labels.split(CHUNK_ROWS)):
-            sums.index_add_(0, label, (part - origin).double())
-        moved = (sums / counts.clamp(min=1).unsqueeze(1)).to(X.dtype)
-        stacked = torch.where(counts.unsqueeze(1) > 0, moved, stacked)
-        labels = _squared_distances(X, origin, stacked).argmin(dim=1)
-    return labels, len(stacked)
-
-
-def _squared_distances(X: Tensor, origin: Tensor, centres: Tensor) -> Tensor:
-    """[N, K] from rows of X to centres that are given from the origin."""
-    size = max(256, CHUNK_FLOATS // centres.numel())
-    parts = [((part - origin).unsqueeze(1) - centres).square().sum(dim=2) for part in X.split(size)]
-    return torch.cat(parts)
-
-
-def _mean(X: Tensor) -> Tensor:
-    """Column means [E] in float64."""
-    return X.mean(dim=0, dtype=torch.float64)
 
 
 def _checked_rows(X: Tensor) -> Tensor:

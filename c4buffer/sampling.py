@@ -8,13 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ._checks import check_finite, check_integer, fail, shape_of
+from ._checks import check_integer, fail
+from .partition import Partition, check_responsibilities
 
 BLOCK_INDICES = 1 << 14  # drawn ahead at most, and at most BLOCK_BATCHES batches
 BLOCK_BATCHES = 64
 PROPOSALS = 1 << 18  # at once, in rejection
 SMALLEST_SHARE_BY_REJECTION = 1 / 16  # below it, a table of cumulative weights
-UNASSIGNED = -1.0
 
 
 class SingleClusterSampler:
@@ -48,7 +48,7 @@ class SingleClusterSampler:
         self.assignment = assignment
         self.replacement = replacement
         self.size = 0
-        self._partition: _Partition | None = None
+        self._partition: Partition | None = None
         self._everything = torch.empty(0, dtype=torch.int64)  # the walk over all rows, before any clustering
         self._ahead: deque[tuple[Tensor, int]] = deque()
         self._ahead_for = 0
@@ -102,7 +102,7 @@ class SingleClusterSampler:
         if self.assignment == "hard":
             r = torch.nn.functional.one_hot(r.argmax(dim=0), len(r)).T.to(r.dtype)
         d = None if distances is None else distances.T.float().cpu().contiguous()
-        self._partition = _Partition(r.contiguous(), torch.arange(len(r)), d)
+        self._partition = Partition(r.contiguous(), torch.arange(len(r)), d)
         if not self.replacement:
             self._partition.labels = torch.full((self.size,), -1)
             self._label(self._partition, torch.arange(self.size))
@@ -131,12 +131,12 @@ class SingleClusterSampler:
         partition = self._partition_for(batch_size)
         return partition.ids, partition.responsibilities(self.size), partition.p
 
-    def _clustered(self) -> _Partition:
+    def _clustered(self) -> Partition:
         if self._partition is None:
             fail("buffer", "a refresh before its clusters are asked for", "no clusters")
         return self._partition
 
-    def _partition_for(self, batch_size: int) -> _Partition:
+    def _partition_for(self, batch_size: int) -> Partition:
         partition = self._clustered()
         while len(partition.ids) > 1:
             sizes = partition.effective_sizes(self.size)
@@ -146,7 +146,7 @@ class SingleClusterSampler:
             partition = self._without(partition, smallest)
         return partition
 
-    def _without(self, partition: _Partition, z: int) -> _Partition:
+    def _without(self, partition: Partition, z: int) -> Partition:
         """The partition without its z-th cluster, made once and then kept in step with it."""
         known = partition.dissolved.get(z)
         if known is None:
@@ -158,7 +158,7 @@ class SingleClusterSampler:
                 self._label(known, homeless)
         return known
 
-    def _label(self, partition: _Partition, rows: Tensor) -> None:
+    def _label(self, partition: Partition, rows: Tensor) -> None:
         """Without replacement: z_i ~ Cat(r_i) for rows, in the partition and in those dissolved from it."""
         if partition.labels is None:
             return
@@ -198,7 +198,7 @@ class SingleClusterSampler:
         ids = partition.ids.tolist()
         self._ahead.extend((next(pools[z]), ids[z]) for z in drawn.tolist())
 
-    def _draw_rows(self, partition: _Partition, z: int, count: int) -> Tensor:
+    def _draw_rows(self, partition: Partition, z: int, count: int) -> Tensor:
         """`count` rows with P(i) = r_iz / sum_j r_jz."""
         if len(partition.ids) == 1:
             return self._uniform_rows(count)
@@ -242,133 +242,3 @@ class SingleClusterSampler:
         members = torch.arange(self.size) if labels is None else (labels == z).nonzero().squeeze(1)
         walk = members[torch.randperm(len(members), generator=self.generator)]
         return walk[:batch_size], walk[batch_size:]
-
-
-def check_responsibilities(responsibilities: object, rows: int) -> None:
-    """Floating [rows, K], not negative, rows that sum to one (to 1e-3)."""
-    expected = f"a floating tensor [N, K] with N = {rows}"
-    if not isinstance(responsibilities, Tensor):
-        fail("responsibilities", expected, type(responsibilities).__name__)
-    shape = responsibilities.shape
-    if len(shape) != 2 or len(responsibilities) != rows or 0 in shape or not responsibilities.is_floating_point():
-        fail("responsibilities", expected, f"{responsibilities.dtype} {shape_of(responsibilities)}")
-    check_finite("responsibilities", responsibilities)
-    lowest = float(responsibilities.min())
-    miss = float((responsibilities.sum(dim=1) - 1).abs().max())
-    if lowest < 0 or miss > 1e-3:
-        got = f"{lowest:g}" if lowest < 0 else f"rows that miss it by {miss:g}"
-        fail("responsibilities", "values from 0, rows that sum to one", got)
-
-
-class _Partition:
-    """Responsibilities of K clusters, column by column, and the sums that sampling needs, exact under every change.
-
-    r: [K, n], -1 where a row is unassigned (n is at least the number of rows).
-    """
-
-    def __init__(self, r: Tensor, ids: Tensor, distances: Tensor | None) -> None:
-        self.r = r
-        self.ids = ids
-        self.distances = distances
-        self.labels: Tensor | None = None
-        self._members: Tensor | None = None
-        self.walks = [torch.empty(0, dtype=torch.int64) for _ in ids]
-        self.dissolved: dict[int, _Partition] = {}
-        self._tables: dict[int, Tensor] = {}
-        self._count()
-
-    def _count(self) -> None:
-        """Sums over the assigned rows, anew."""
-        here = self.r.clamp(min=0).double()  # a float32 loses the squares of what is below 1e-23
-        self.assigned = int((self.r[0] >= 0).sum())
-        self.sums = here.sum(dim=1)
-        self.squares = here.square().sum(dim=1)
-        self.counted = self.sums.clone()
-        self._changed()
-
-    def _changed(self) -> None:
-        # Unassigned rows take r_i = p, so p is the mean over the assigned ones.
-        self.p = self.sums / max(1, self.assigned)
-        self.cumulative_p = self.p.cumsum(dim=0)
-        self._tables.clear()
-
-    def responsibilities(self, size: int, rows: Tensor | None = None) -> Tensor:
-        """[size, K], or [M, K] for given rows."""
-        r = self.r[:, :size] if rows is None else self.r[:, rows]
-        return torch.where(r < 0, self.p.to(r.dtype).unsqueeze(1), r).T.contiguous()
-
-    def effective_sizes(self, size: int) -> Tensor:
-        """n_z = (sum_i r_iz)^2 / sum_i r_iz^2, [K]; members, where rows are labelled."""
-        if self.labels is not None:
-            return self.members()
-        unassigned = size - self.assigned
-        sums = self.sums + unassigned * self.p  # not N p, which can round to less than whole rows
-        squares = self.squares + unassigned * self.p.square()
-        return sums.square() / squares.clamp(min=torch.finfo(torch.float64).tiny)
-
-    def relabel(self, rows: Tensor, labels: Tensor) -> None:
-        """Rows (distinct) go to other clusters, where each row is in one."""
-        assert self.labels is not None
-        self.labels[rows] = labels
-        self._members = None
-
-    def members(self) -> Tensor:
-        """Rows in each cluster, [K], float64, where each row is in one."""
-        assert self.labels is not None
-        if self._members is None:
-            self._members = torch.bincount(self.labels, minlength=len(self.ids)).double()
-        return self._members
-
-    def table(self, z: int, size: int) -> Tensor:
-        """Cumulative weights of cluster z, [size], float64."""
-        if z not in self._tables:
-            weights = self.r[z, :size].double()
-            self._tables[z] = torch.where(weights < 0, self.p[z], weights).cumsum(dim=0)
-        return self._tables[z]
-
-    def grow(self, size: int) -> None:
-        """Rows were appended; they are unassigned."""
-        if size > self.r.shape[1]:
-            room = max(size, 2 * self.r.shape[1])
-            r = torch.full((len(self.r), room), UNASSIGNED, dtype=self.r.dtype)
-            r[:, : self.r.shape[1]] = self.r
-            self.r = r
-        if self.labels is not None:
-            self.labels = torch.cat([self.labels, torch.full((size - len(self.labels),), -1)])
-        self._changed()
-        for child in self.dissolved.values():
-            child.grow(size)
-
-    def forget(self, rows: Tensor) -> None:
-        """Rows (distinct) become unassigned."""
-        old = self.r[:, rows]
-        known = old[0] >= 0
-        old = old[:, known].double()
-        self.sums -= old.sum(dim=1)
-        self.squares -= old.square().sum(dim=1)
-        self.assigned -= int(known.sum())
-        self.r[:, rows] = UNASSIGNED
-        if bool((self.sums < self.counted / 2).any()):
-            self._count()  # before the rounding of the subtractions can be seen in what is left
-        else:
-            self._changed()
-        for child in self.dissolved.values():
-            child.forget(rows)
-
-    def without(self, z: int) -> _Partition:
-        """The partition with cluster z dropped and the others renormalised."""
-        keep = torch.cat([torch.arange(z), torch.arange(z + 1, len(self.ids))])
-        r = self.r[keep]
-        unassigned = self.r[0] < 0
-        # r_iw / (1 - r_iz) in log space: what is left of r may be tiny, but not zero
-        log_r = r.clamp(min=0).double().log()
-        remains = torch.softmax(log_r, dim=0).to(r.dtype)
-        lost = torch.isneginf(log_r).all(dim=0) & ~unassigned
-        distances = None if self.distances is None else self.distances[keep]
-        if distances is not None and bool(lost.any()):
-            rows = lost.nonzero().squeeze(1)
-            nearest = distances[:, rows].argmin(dim=0)
-            remains[:, rows] = torch.nn.functional.one_hot(nearest, len(keep)).T.to(r.dtype)
-            lost = torch.zeros_like(lost)
-        remains[:, unassigned | lost] = UNASSIGNED
-        return _Partition(remains, self.ids[keep], distances)

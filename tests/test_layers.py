@@ -19,8 +19,10 @@ HOSTS = {"d3rlpy": "d3rlpy", "sb3": "stable_baselines3", "torchrl": "torchrl"}
 HEAVY = {*HOSTS.values(), "faiss", "gym", "gymnasium", "h5py", "matplotlib", "safetensors", "scipy", "sklearn"}
 LAYERS = {
     "_checks": 0,
+    "kmeans": 0,
     "transitions": 0,
     "critics": 1,
+    "partition": 1,
     "storage": 1,
     "mixture": 1,
     "losses.value_ensemble": 1,

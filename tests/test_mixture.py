@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
+import c4buffer.kmeans
 import c4buffer.mixture
 from c4buffer import GaussianMixture, MixtureResult
 
@@ -250,7 +251,8 @@ def test_the_size_of_the_chunks_does_not_matter(covariance: Any, monkeypatch: py
     mixture = GaussianMixture(3, covariance=covariance)
     expected = mixture.fit(X)
     monkeypatch.setattr(c4buffer.mixture, "CHUNK_FLOATS", 1)
-    monkeypatch.setattr(c4buffer.mixture, "CHUNK_ROWS", 100)
+    monkeypatch.setattr(c4buffer.kmeans, "CHUNK_FLOATS", 1)
+    monkeypatch.setattr(c4buffer.kmeans, "CHUNK_ROWS", 100)
     assert_mixtures_close(mixture.fit(X), expected, rtol=1e-10, atol=1e-12)
 
 

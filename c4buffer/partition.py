@@ -1,0 +1,140 @@
+"""Responsibilities, cluster by cluster, with the sums that sampling needs kept exact under every change."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._checks import check_finite, fail, shape_of
+
+UNASSIGNED = -1.0
+
+
+class Partition:
+    """Responsibilities of K clusters, column by column, and the sums that sampling needs, exact under every change.
+
+    r: [K, n], -1 where a row is unassigned (n is at least the number of rows).
+    """
+
+    def __init__(self, r: Tensor, ids: Tensor, distances: Tensor | None) -> None:
+        self.r = r
+        self.ids = ids
+        self.distances = distances
+        self.labels: Tensor | None = None
+        self._members: Tensor | None = None
+        self.walks = [torch.empty(0, dtype=torch.int64) for _ in ids]
+        self.dissolved: dict[int, Partition] = {}
+        self._tables: dict[int, Tensor] = {}
+        self._count()
+
+    def _count(self) -> None:
+        """Sums over the assigned rows, anew."""
+        here = self.r.clamp(min=0).double()  # a float32 loses the squares of what is below 1e-23
+        self.assigned = int((self.r[0] >= 0).sum())
+        self.sums = here.sum(dim=1)
+        self.squares = here.square().sum(dim=1)
+        self.counted = self.sums.clone()
+        self._changed()
+
+    def _changed(self) -> None:
+        # Unassigned rows take r_i = p, so p is the mean over the assigned ones.
+        self.p = self.sums / max(1, self.assigned)
+        self.cumulative_p = self.p.cumsum(dim=0)
+        self._tables.clear()
+
+    def responsibilities(self, size: int, rows: Tensor | None = None) -> Tensor:
+        """[size, K], or [M, K] for given rows."""
+        r = self.r[:, :size] if rows is None else self.r[:, rows]
+        return torch.where(r < 0, self.p.to(r.dtype).unsqueeze(1), r).T.contiguous()
+
+    def effective_sizes(self, size: int) -> Tensor:
+        """n_z = (sum_i r_iz)^2 / sum_i r_iz^2, [K]; members, where rows are labelled."""
+        if self.labels is not None:
+            return self.members()
+        unassigned = size - self.assigned
+        sums = self.sums + unassigned * self.p  # not N p, which can round to less than whole rows
+        squares = self.squares + unassigned * self.p.square()
+        return sums.square() / squares.clamp(min=torch.finfo(torch.float64).tiny)
+
+    def relabel(self, rows: Tensor, labels: Tensor) -> None:
+        """Rows (distinct) go to other clusters, where each row is in one."""
+        assert self.labels is not None
+        self.labels[rows] = labels
+        self._members = None
+
+    def members(self) -> Tensor:
+        """Rows in each cluster, [K], float64, where each row is in one."""
+        assert self.labels is not None
+        if self._members is None:
+            self._members = torch.bincount(self.labels, minlength=len(self.ids)).double()
+        return self._members
+
+    def table(self, z: int, size: int) -> Tensor:
+        """Cumulative weights of cluster z, [size], float64."""
+        if z not in self._tables:
+            weights = self.r[z, :size].double()
+            self._tables[z] = torch.where(weights < 0, self.p[z], weights).cumsum(dim=0)
+        return self._tables[z]
+
+    def grow(self, size: int) -> None:
+        """Rows were appended; they are unassigned."""
+        if size > self.r.shape[1]:
+            room = max(size, 2 * self.r.shape[1])
+            r = torch.full((len(self.r), room), UNASSIGNED, dtype=self.r.dtype)
+            r[:, : self.r.shape[1]] = self.r
+            self.r = r
+        if self.labels is not None:
+            self.labels = torch.cat([self.labels, torch.full((size - len(self.labels),), -1)])
+        self._changed()
+        for child in self.dissolved.values():
+            child.grow(size)
+
+    def forget(self, rows: Tensor) -> None:
+        """Rows (distinct) become unassigned."""
+        old = self.r[:, rows]
+        known = old[0] >= 0
+        old = old[:, known].double()
+        self.sums -= old.sum(dim=1)
+        self.squares -= old.square().sum(dim=1)
+        self.assigned -= int(known.sum())
+        self.r[:, rows] = UNASSIGNED
+        if bool((self.sums < self.counted / 2).any()):
+            self._count()  # before the rounding of the subtractions can be seen in what is left
+        else:
+            self._changed()
+        for child in self.dissolved.values():
+            child.forget(rows)
+
+    def without(self, z: int) -> Partition:
+        """The partition with cluster z dropped and the others renormalised."""
+        keep = torch.cat([torch.arange(z), torch.arange(z + 1, len(self.ids))])
+        r = self.r[keep]
+        unassigned = self.r[0] < 0
+        # r_iw / (1 - r_iz) in log space: what is left of r may be tiny, but not zero
+        log_r = r.clamp(min=0).double().log()
+        remains = torch.softmax(log_r, dim=0).to(r.dtype)
+        lost = torch.isneginf(log_r).all(dim=0) & ~unassigned
+        distances = None if self.distances is None else self.distances[keep]
+        if distances is not None and bool(lost.any()):
+            rows = lost.nonzero().squeeze(1)
+            nearest = distances[:, rows].argmin(dim=0)
+            remains[:, rows] = torch.nn.functional.one_hot(nearest, len(keep)).T.to(r.dtype)
+            lost = torch.zeros_like(lost)
+        remains[:, unassigned | lost] = UNASSIGNED
+        return Partition(remains, self.ids[keep], distances)
+
+
+def check_responsibilities(responsibilities: object, rows: int) -> None:
+    """Floating [rows, K], not negative, rows that sum to one (to 1e-3)."""
+    expected = f"a floating tensor [N, K] with N = {rows}"
+    if not isinstance(responsibilities, Tensor):
+        fail("responsibilities", expected, type(responsibilities).__name__)
+    shape = responsibilities.shape
+    if len(shape) != 2 or len(responsibilities) != rows or 0 in shape or not responsibilities.is_floating_point():
+        fail("responsibilities", expected, f"{responsibilities.dtype} {shape_of(responsibilities)}")
+    check_finite("responsibilities", responsibilities)
+    lowest = float(responsibilities.min())
+    miss = float((responsibilities.sum(dim=1) - 1).abs().max())
+    if lowest < 0 or miss > 1e-3:
+        got = f"{lowest:g}" if lowest < 0 else f"rows that miss it by {miss:g}"
+        fail("responsibilities", "values from 0, rows that sum to one", got)
