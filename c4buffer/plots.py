@@ -67,7 +67,7 @@ def training_curves(runs: Mapping[str, History], *, largest_return: float | None
     loss_axes.set(title="TD loss on the data", yscale="log")
     score_axes.set(title="Normalised score", ylim=(0, None))
     _label_updates(q_axes, loss_axes, score_axes)
-    q_axes.legend(loc="best")
+    q_axes.legend(loc="lower right")
     return figure
 
 
@@ -97,14 +97,19 @@ def cross_covariance_split(runs: Mapping[str, History]) -> Figure:
 
 
 @_styled
-def gradient_space(embeddings: Mapping[str, Tensor], responsibilities: Mapping[str, Tensor]) -> Figure:
-    """The stacked gradients of several runs, each in its own first two principal components, coloured by cluster.
+def gradient_space(
+    embeddings: Mapping[str, Tensor], responsibilities: Mapping[str, Tensor], *, columns: int | None = None
+) -> Figure:
+    """Stacked gradients, a panel a name, each in its own first two principal components and coloured by cluster.
 
     Args:
         embeddings: by name: y = [g', g], [N, 2D].
         responsibilities: by name: r, [N, K]; the colour is that of the arg-max.
+        columns: panels in a row. None: all of them.
     """
-    figure, axes = _figure(len(embeddings), width=6 * len(embeddings), height=5)
+    columns = columns or len(embeddings)
+    rows = -(-len(embeddings) // columns)
+    figure, axes = _figure(columns, rows=rows, width=6 * columns, height=4.6 * rows)
     for panel, (name, y) in zip(axes, embeddings.items()):
         r = responsibilities[name]
         if y.ndim != 2 or len(r) != len(y):
@@ -119,13 +124,15 @@ def gradient_space(embeddings: Mapping[str, Tensor], responsibilities: Mapping[s
         margin = 0.08 * (limits[1] - limits[0])
         low, high = (limits[0] - margin).tolist(), (limits[1] + margin).tolist()
         panel.set(
-            title=f"{name}: gradient space",
+            title=name,
             xlabel=f"first principal component ({explained[0]:.0%})",
             ylabel=f"second ({explained[1]:.0%})",
             xlim=(low[0], high[0]),
             ylim=(low[1], high[1]),
         )
-        panel.legend(loc="best", markerscale=3)
+        for handle in panel.legend(loc="best", markerscale=3).legend_handles:
+            if handle is not None:
+                handle.set_alpha(1)
     return figure
 
 
@@ -138,12 +145,12 @@ def _principal_plane(y: Tensor) -> tuple[Tensor, list[float]]:
     return (y @ vectors[:, -2:].flip(1)).cpu(), (values[-2:].flip(0) / values.sum()).tolist()
 
 
-def _figure(panels: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure with panels side by side."""
+def _figure(columns: int, *, rows: int = 1, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure and its panels, row by row."""
     import matplotlib.figure
 
     figure = matplotlib.figure.Figure(figsize=(width, height), dpi=130)
-    return figure, list(figure.subplots(1, panels, squeeze=False).flat)
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 def _label_updates(*axes: Axes) -> None:

@@ -1,6 +1,6 @@
 """TD3+BC on 10,000 transitions of Hopper, plain and with C4: trained side by side, measured, and drawn.
 
-    python examples/quickstart.py                            # 48,000 updates: some ten minutes on two cores
+    python examples/quickstart.py                            # 44,000 updates: some nine minutes on two cores
     python examples/quickstart.py --updates 4000             # a first look
     python examples/quickstart.py --data medium-replay       # where plain TD3+BC does not break
 
@@ -33,8 +33,8 @@ from c4buffer import MixtureClusterer, load_d4rl, plots, stacked_gradients
 ROOT = Path(__file__).parent.parent
 ARMS = ("plain", "C4")
 RETURNS = (-20.272305, 3234.3)  # D4RL's reference returns of Hopper: score 0 and score 100
-MEASUREMENTS = 48
-EVALUATIONS = 12
+MEASUREMENTS = 44
+EVALUATIONS = 11
 EPISODES = 10
 
 
@@ -72,7 +72,7 @@ def train(arm: str, settings: Settings, queue: Any) -> None:
     """One arm, in a process of its own; sends (arm, "progress", update) and, at the end, (arm, "done", run)."""
     torch.set_num_threads(settings.threads)
     d3rlpy = import_d3rlpy()
-    from c4buffer.integrations.d3rlpy import C4Config, critics_of, transitions_of
+    from c4buffer.integrations.d3rlpy import C4Config
 
     dataset = d3rlpy_dataset(d3rlpy, settings.path)
     d3rlpy.seed(settings.seed)
@@ -89,9 +89,7 @@ def train(arm: str, settings: Settings, queue: Any) -> None:
         logger_adapter=d3rlpy.logging.NoopAdapterFactory(),
         callback=observer,
     )
-    embeddings = stacked_gradients(critics_of(algo), transitions_of(dataset, algo))
-    responsibilities = MixtureClusterer(settings.n_clusters)(embeddings)
-    queue.put((arm, "done", (observer.run, embeddings.numpy(), responsibilities.numpy())))
+    queue.put((arm, "done", (observer.run, observer.pictured)))
 
 
 class Observer:
@@ -101,6 +99,7 @@ class Observer:
         import gymnasium
 
         self.run = Run()
+        self.pictured: dict[int, Any] = {}  # update -> stacked gradients and responsibilities, as arrays
         self._arm, self._settings, self._dataset, self._queue = arm, settings, dataset, queue
         self._env = gymnasium.make("Hopper-v5")
         self._env.reset(seed=settings.seed)
@@ -114,9 +113,12 @@ class Observer:
         began = time.perf_counter()
         if update % 100 == 0:
             self._queue.put((self._arm, "progress", update))
-        if update % self._measure_every == 0:
+        last = update == self._settings.updates
+        if last or update % self._measure_every == 0:
             self._measure(algo, update)
-        if update % self._evaluate_every == 0:
+        if last or update == self._evaluate_every:
+            self._picture(algo, update)
+        if last or update % self._evaluate_every == 0:
             self._evaluate(algo, update)
         ended = time.perf_counter()
         self._observing += ended - began
@@ -130,6 +132,13 @@ class Observer:
         self.run.updates.append(update)
         for name, value in measure(algo, self._transitions, n_clusters=self._settings.n_clusters).items():
             self.run.measured.setdefault(name, []).append(value)
+
+    def _picture(self, algo: Any, update: int) -> None:
+        from c4buffer.integrations.d3rlpy import critics_of
+
+        embeddings = stacked_gradients(critics_of(algo), self._transitions)
+        responsibilities = MixtureClusterer(self._settings.n_clusters)(embeddings)
+        self.pictured[update] = (embeddings.numpy(), responsibilities.numpy())
 
     def _evaluate(self, algo: Any, update: int) -> None:
         from d3rlpy.metrics import EnvironmentEvaluator
@@ -167,7 +176,7 @@ def largest_discounted_return(path: Path, gamma: float = 0.99) -> float:
     return best
 
 
-def train_both(settings: Settings, console: Console) -> dict[str, tuple[Run, torch.Tensor, torch.Tensor]]:
+def train_both(settings: Settings, console: Console) -> dict[str, tuple[Run, dict[int, Any]]]:
     """Both arms in two processes, with a progress bar each."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
@@ -198,10 +207,7 @@ def train_both(settings: Settings, console: Console) -> dict[str, tuple[Run, tor
                 finished[arm] = value
     for worker in workers:
         worker.join()
-    return {
-        arm: (run, torch.from_numpy(embeddings), torch.from_numpy(responsibilities))
-        for arm, (run, embeddings, responsibilities) in ((arm, finished[arm]) for arm in ARMS)
-    }
+    return {arm: finished[arm] for arm in ARMS}
 
 
 def print_table(runs: dict[str, Run], settings: Settings, largest_return: float, console: Console) -> None:
@@ -231,10 +237,20 @@ def print_table(runs: dict[str, Run], settings: Settings, largest_return: float,
     console.print("One seed says little: runs that differ by the seed alone differ by tens of points here.")
 
 
+def draw_gradient_space(pictured: dict[str, dict[int, Any]]) -> Any:
+    """Both arms early and at the end: a row a time, a column an arm."""
+    embeddings, responsibilities = {}, {}
+    for update in sorted({update for moments in pictured.values() for update in moments}):
+        for arm, moments in pictured.items():
+            name = f"{arm}, {update:,} updates"
+            embeddings[name], responsibilities[name] = map(torch.from_numpy, moments[update])
+    return plots.gradient_space(embeddings, responsibilities, columns=len(pictured))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=("medium-expert", "medium-replay"), default="medium-expert")
-    parser.add_argument("--updates", type=int, default=48_000)
+    parser.add_argument("--updates", type=int, default=44_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clusters", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "quickstart")
@@ -245,7 +261,7 @@ def main() -> None:
     console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(f"TD3+BC plain and with C4, {threads} thread(s) each; {settings.path.name}")
     finished = train_both(settings, console)
-    runs = {arm: run for arm, (run, _, _) in finished.items()}
+    runs = {arm: run for arm, (run, _) in finished.items()}
     largest_return = largest_discounted_return(settings.path)
     print_table(runs, settings, largest_return, console)
 
@@ -255,10 +271,7 @@ def main() -> None:
     figures = {
         "training": plots.training_curves(histories, largest_return=largest_return),
         "cross_covariance": plots.cross_covariance_split(histories),
-        "gradient_space": plots.gradient_space(
-            {arm: embeddings for arm, (_, embeddings, _) in finished.items()},
-            {arm: responsibilities for arm, (_, _, responsibilities) in finished.items()},
-        ),
+        "gradient_space": draw_gradient_space({arm: pictured for arm, (_, pictured) in finished.items()}),
     }
     for name, figure in figures.items():
         figure.savefig(arguments.out / f"{name}.png")

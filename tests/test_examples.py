@@ -45,7 +45,7 @@ def test_the_readmes_first_program_runs_as_printed_but_for_its_length(tmp_path: 
 
 
 def test_the_quickstart_prints_its_table_and_writes_its_pictures(tmp_path: Path) -> None:
-    printed = run("examples/quickstart.py", "--updates", "40", "--out", str(tmp_path))
+    printed = run("examples/quickstart.py", "--updates", "47", "--out", str(tmp_path))
     for words in ("mean Q", "TD loss", "within clusters", "between clusters", "updates per second", "normalised score"):
         assert words in printed
     assert "One seed says little" in printed

@@ -18,6 +18,7 @@ from d3rlpy.algos import (
     DiscreteBC,
     DiscreteRandomPolicy,
     QLearningAlgoBase,
+    QLearningAlgoImplBase,
     RandomPolicy,
     ReBRAC,
     TD3PlusBC,
@@ -82,7 +83,7 @@ def _check_supported(algo: Any) -> None:
         fail("compile_graph", "False with C4 on a GPU, or the penalty's schedule would freeze in the graph", True)
 
 
-class C4Algorithm(QLearningAlgoBase):  # type: ignore[misc]
+class C4Algorithm(QLearningAlgoBase):
     """What C4 adds to an algorithm. Internals read `_config`, the base; saving reads `config`, the C4Config.
 
     Attributes:
@@ -151,7 +152,7 @@ class C4Algorithm(QLearningAlgoBase):  # type: ignore[misc]
         return to_mini_batch(self.c4_buffer.sample(batch_size), self._device)
 
 
-class C4Impl:
+class C4Impl(QLearningAlgoImplBase):
     """What C4 adds to an implementation object: the penalty in the critic loss.
 
     Attributes:
@@ -166,11 +167,11 @@ class C4Impl:
 
     def inner_update(self, batch: TorchMiniBatch, grad_step: int) -> dict[str, float]:
         self._c4_due = self.c4_penalty.weight > 0 and grad_step % self._c4_every == 0
-        metrics: dict[str, float] = super().inner_update(batch, grad_step)  # type: ignore[misc]
+        metrics: dict[str, float] = super().inner_update(batch, grad_step)
         return metrics
 
     def compute_critic_loss(self, batch: TorchMiniBatch, q_tpn: torch.Tensor) -> Any:
-        loss = super().compute_critic_loss(batch, q_tpn)  # type: ignore[misc]
+        loss = super().compute_critic_loss(batch, q_tpn)
         if not self._c4_due:
             return loss
         penalty = self.c4_penalty(self.c4_critics, from_mini_batch(batch))

@@ -14,7 +14,7 @@ STORAGE = CONFIG_STORAGE[LearnableConfig]  # how d3rlpy writes a config inside a
 
 
 @dataclasses.dataclass
-class C4Config(LearnableConfig):  # type: ignore[misc]
+class C4Config(LearnableConfig):
     r"""C4 around a d3rlpy algorithm: single-cluster batches and the covariance penalty in the critic loss.
 
     .. code-block:: python
