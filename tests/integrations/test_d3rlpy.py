@@ -291,6 +291,18 @@ def test_wrap_of_an_unbuilt_algorithm_trains_like_the_config() -> None:
     assert_same_state(one, other)
 
 
+def test_a_second_fit_draws_other_batches_and_the_first_is_reproducible(drawn: list[Transitions]) -> None:
+    dataset = dataset_of(episodes(10))
+    quiet = {"n_steps": 4, "n_steps_per_epoch": 4, "show_progress": False, "logger_adapter": NoopAdapterFactory()}
+    for _ in range(2):
+        algo = C4Config(base=small(TD3PlusBCConfig), seed=5).create()
+        algo.fit(dataset, **quiet)
+    first, second = drawn[:4], drawn[4:8]
+    assert torch.equal(first[0].indices, second[0].indices)
+    algo.fit(dataset, **quiet)
+    assert not torch.equal(drawn[8].indices, second[0].indices)
+
+
 def test_save_load_and_continue(tmp_path: Path) -> None:
     dataset = dataset_of(episodes(10))
     config = small(TD3PlusBCConfig, observation_scaler=StandardObservationScaler())
