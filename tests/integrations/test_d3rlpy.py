@@ -295,6 +295,7 @@ def test_a_second_fit_draws_other_batches_and_the_first_is_reproducible(drawn: l
     dataset = dataset_of(episodes(10))
     quiet = {"n_steps": 4, "n_steps_per_epoch": 4, "show_progress": False, "logger_adapter": NoopAdapterFactory()}
     for _ in range(2):
+        d3rlpy.seed(0)
         algo = C4Config(base=small(TD3PlusBCConfig), seed=5).create()
         algo.fit(dataset, **quiet)
     first, second = drawn[:4], drawn[4:8]
