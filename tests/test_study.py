@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -21,6 +19,11 @@ TIMES = ("training_seconds", "seconds")
 def start(results: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, str(STUDY / "run.py"), "toy", "--arms", "plain", "c4", "--results", str(results)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def children_of(process: int) -> list[int]:
+    listed = Path(f"/proc/{process}/task/{process}/children").read_text()
+    return [int(child) for child in listed.split()]
 
 
 def records(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
@@ -43,8 +46,13 @@ def test_a_grid_that_was_killed_and_resumed_leaves_the_same_file_as_one_that_ran
     while not (path.exists() and path.read_bytes().count(b"\n") >= 1):
         assert time.monotonic() < deadline, "no run was finished"
         time.sleep(0.2)
-    os.killpg(killed.pid, signal.SIGKILL)
+    workers = children_of(killed.pid)
+    assert workers
+    killed.kill()  # the command alone; its workers must go with it
     killed.wait()
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline, "a worker stayed behind"
+        time.sleep(0.1)
     with path.open("ab") as file:  # the worst that a kill can leave: half a line
         file.write(b'{"dataset": "hopper-med')
     assert start(broken).wait(timeout=240) == 0

@@ -16,6 +16,8 @@ import itertools
 import json
 import multiprocessing
 import os
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +58,27 @@ def finished_runs(path: Path) -> list[dict[str, Any]]:
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
-    """One line, written whole; what a killed writer left of a line is removed first."""
+    """One line, written whole; what a killed writer left of a line is removed first, and no run is written twice."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-        file.truncate(whole)
-        file.write(json.dumps(record).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+        file.truncate(file.read().rfind(b"\n") + 1)
+        if key_of(record) not in map(key_of, finished_runs(path)):
+            file.write(json.dumps(record).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def leave_with(parent: int) -> None:
+    """End this process when the one that started it is gone, so that a killed command leaves no runs behind."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def run_one(work: tuple[dict[str, Any], Path]) -> dict[str, Any]:
@@ -106,7 +119,7 @@ def main() -> None:
             print(mark, settings["dataset"], settings["base"], settings["arm"], settings["seed"])
         return
     context = multiprocessing.get_context("spawn")
-    with context.Pool(arguments.processes, maxtasksperchild=1) as pool:
+    with context.Pool(arguments.processes, leave_with, (os.getpid(),), maxtasksperchild=1) as pool:
         work = ((settings, path) for settings in missing)
         for record in tqdm(pool.imap_unordered(run_one, work), total=len(missing), unit="run"):
             tqdm.write(f"{record['dataset']} {record['arm']} seed {record['seed']}: score {record['score']:.1f}")
