@@ -109,6 +109,7 @@ class ClusteredReplayBuffer:
         self.n_clusters = n_clusters
         self.device = torch.device(device)
         generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
+        self._fewest_rows = n_clusters if clusterer is None else 1
         self._clusterer = clusterer or MixtureClusterer(n_clusters, generator=generator, warm_start=False)
         self._embedding = embedding
         self._refresh_policy = refresh
@@ -136,6 +137,8 @@ class ClusteredReplayBuffer:
         Raises:
             ValueError: if they do not have the form of the transitions held.
         """
+        if not isinstance(transitions, Transitions):
+            fail("transitions", "a Transitions record", type(transitions).__name__)
         before = len(self)
         slots = self._storage.write(transitions)
         overwritten = slots[slots < before]
@@ -156,13 +159,15 @@ class ClusteredReplayBuffer:
         """Append one step: of one environment (scalar reward), or of E environments (a leading axis E on everything).
 
         The next action of each row is the action that its environment takes in the step after; a terminal, a timeout
-        and the newest row have none. Floating values are cast to the dtypes of the transitions held.
+        and the newest row have none. Floats that are not tensors come in torch's default dtype, and all are cast to the
+        dtypes of the transitions held.
         """
-        rewards = torch.as_tensor(rewards)
-        single = rewards.ndim == 0
+        single = torch.as_tensor(rewards).ndim == 0
 
         def rows(value: Any) -> Tensor:
             tensor = torch.as_tensor(value)
+            if tensor.dtype == torch.float64 and not isinstance(value, Tensor):
+                tensor = tensor.to(torch.get_default_dtype())  # environments give float64, networks take float32
             return tensor.unsqueeze(0) if single else tensor
 
         actions = rows(actions)
@@ -199,7 +204,8 @@ class ClusteredReplayBuffer:
         Raises:
             ValueError: from an empty buffer, or for more than it holds when drawing without replacement.
         """
-        if self._critics is not None and len(self) and self._due():
+        self._sampler.check(batch_size)
+        if self._critics is not None and self._due():
             self.refresh()
         slots, cluster = self._sampler.sample(batch_size)
         self._batches += 1
@@ -207,7 +213,7 @@ class ClusteredReplayBuffer:
         return batch if self._storage.device == self.device else batch.to(self.device)
 
     def refresh(self, critics: Critics | None = None) -> RefreshReport:
-        """Cluster all transitions by the critics given, or by those attached. Nothing changes when it fails.
+        """Cluster all transitions by the critics given, or by those attached. When it fails, batches go on as before.
 
         Raises:
             ValueError: without critics; before any data; with fewer transitions than clusters; and for critics that
@@ -216,8 +222,8 @@ class ClusteredReplayBuffer:
         critics = _checked_critics(self._critics if critics is None else critics)
         if len(self) == 0:
             fail("refresh", "transitions to cluster", "an empty buffer")
-        if len(self) < self.n_clusters:
-            fail("n_clusters", f"at most the {len(self)} transitions held", self.n_clusters)
+        if len(self) < self._fewest_rows:
+            fail("n_clusters", f"at most the {len(self)} transitions held", self._fewest_rows)
         started = time.perf_counter()
         embeddings = self._embed(critics)
         previous = self._sampler.responsibilities if self._sampler.clustered else None
@@ -272,7 +278,8 @@ class ClusteredReplayBuffer:
     def _due(self) -> bool:
         # Counted from the last refresh: while N grows, multiples of N // 10 can follow each other batch by batch.
         if self._refresh_policy is None:
-            return self._batches >= self._next_refresh
+            lost = self._last_report is not None and not self._sampler.clustered  # every row has been overwritten
+            return lost or self._batches >= self._next_refresh
         return self._refresh_policy(self._batches, self)
 
     def _embed(self, critics: Critics) -> Tensor:

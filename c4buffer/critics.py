@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -89,10 +89,13 @@ class Critics:
         if self.policy is not None:
             with torch.no_grad():
                 actions = self.policy(batch.next_observations)
-            if len(actions) != len(batch):
-                fail("policy", f"actions with {len(batch)} rows", shape_of(actions))
+            shape = batch.actions.shape
+            column = not batch.actions.is_floating_point() and getattr(actions, "shape", None) == (*shape, 1)
+            if not isinstance(actions, Tensor) or not (actions.shape == shape or column):
+                got = shape_of(actions) if isinstance(actions, Tensor) else type(actions).__name__
+                fail("policy", f"a tensor of actions {shape_of(batch.actions)}", got)
             if not batch.actions.is_floating_point():
-                actions = actions.reshape(len(batch)).long()
+                actions = actions.reshape(shape).long()
         return self._encoded(batch.next_observations), actions
 
     def _encoded(self, observations: Observations) -> Observations:
@@ -120,12 +123,20 @@ def _modules_behind(part: Any, depth: int = 4) -> list[nn.Module]:
         held = [part.func, *part.args, *part.keywords.values()]
     elif inspect.ismethod(part):
         held = [part.__self__]
+    elif isinstance(part, Mapping):
+        held = part.values()
     elif inspect.isfunction(part):
-        named = inspect.getclosurevars(part)
-        held = [*named.nonlocals.values(), *named.globals.values()]
+        named = [part.__globals__[name] for name in part.__code__.co_names if name in part.__globals__]
+        held = [*_closed_over(part), *named]
     elif hasattr(part, "__dict__") and not isinstance(part, (type, ModuleType)):
         held, depth = vars(part).values(), min(depth, 2)  # an agent holds networks, but also environments and data
     return [module for value in held for module in _modules_behind(value, depth - 1)] if depth else []
+
+
+def _closed_over(function: FunctionType) -> Iterator[Any]:
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # a name that is not assigned yet
+            yield cell.cell_contents
 
 
 def member_values(critic: Any, observations: Observations, actions: Tensor, *, name: str = "critic") -> list[Tensor]:

@@ -110,9 +110,7 @@ class SingleClusterSampler:
 
     def sample(self, batch_size: int) -> tuple[Tensor, int]:
         """Row indices [batch_size], int64, and the cluster they come from (-1: no clustering yet)."""
-        check_integer("batch_size", batch_size, minimum=1)
-        if self.size == 0:
-            fail("buffer", "transitions to draw from", "an empty buffer")
+        self.check(batch_size)
         if not self.replacement:
             return self._walk(batch_size)
         if self._ahead_for != batch_size:
@@ -121,6 +119,14 @@ class SingleClusterSampler:
         if not self._ahead:
             self._draw_ahead(batch_size)
         return self._ahead.popleft()
+
+    def check(self, batch_size: int) -> None:
+        """Raise ValueError for a batch that can not be drawn, whatever the clusters."""
+        check_integer("batch_size", batch_size, minimum=1)
+        if self.size == 0:
+            fail("buffer", "transitions to draw from", "an empty buffer")
+        if not self.replacement and batch_size > self.size:
+            fail("batch_size", f"at most the {self.size} transitions held, without replacement", batch_size)
 
     def partition_for(self, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
         """What batches of this size are drawn from, clusters too small for it dissolved.
@@ -219,8 +225,6 @@ class SingleClusterSampler:
         return accepted[0] if len(accepted) == 1 else torch.cat(accepted)
 
     def _walk(self, batch_size: int) -> tuple[Tensor, int]:
-        if batch_size > self.size:
-            fail("batch_size", f"at most the {self.size} transitions held, without replacement", batch_size)
         if self._partition is None:
             rows, self._everything = self._next_of_walk(self._everything, batch_size)
             return rows, -1

@@ -180,11 +180,13 @@ class Transitions:
         return self._map(lambda tensor: tensor.to(device))
 
     def replace(self, **fields: Any) -> Transitions:
-        """A record with other values in some fields; checked like a new one, next actions kept unless given."""
+        """A record with other values in some fields, checked like those of a new one; all else is kept."""
         unknown = sorted(set(fields) - set(COLUMNS))
         if unknown:
             fail("fields", "names among " + ", ".join(COLUMNS), ", ".join(unknown))
-        return Transitions(**{**dict(self.columns()), **fields})
+        checked = Transitions(**{**dict(self.columns()), **fields})
+        columns = {**dict(self.columns()), **{name: getattr(checked, name) for name in fields}}
+        return Transitions.unchecked(columns, indices=self.indices, cluster=self.cluster)
 
     @staticmethod
     def concatenate(parts: Sequence[Transitions]) -> Transitions:

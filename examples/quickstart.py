@@ -46,6 +46,7 @@ class Settings:
     updates: int
     seed: int
     n_clusters: int
+    penalty_weight: float
     threads: int
 
     @property
@@ -78,7 +79,8 @@ def train(arm: str, settings: Settings, queue: Any) -> None:
     d3rlpy.seed(settings.seed)
     config = d3rlpy.algos.TD3PlusBCConfig(observation_scaler=d3rlpy.preprocessing.StandardObservationScaler())
     if arm == "C4":
-        config = C4Config(base=config, n_clusters=settings.n_clusters, seed=settings.seed)
+        weight = settings.penalty_weight
+        config = C4Config(base=config, n_clusters=settings.n_clusters, penalty_weight=weight, seed=settings.seed)
     observer = Observer(arm, settings, dataset, queue)
     algo = config.create("cpu")
     algo.fit(
@@ -253,10 +255,18 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=40_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clusters", type=int, default=3)
+    parser.add_argument("--penalty-weight", type=float, default=0.1)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "quickstart")
     arguments = parser.parse_args()
     threads = max(1, (os.cpu_count() or 2) // len(ARMS))
-    settings = Settings(arguments.data, arguments.updates, arguments.seed, arguments.clusters, threads)
+    settings = Settings(
+        data=arguments.data,
+        updates=arguments.updates,
+        seed=arguments.seed,
+        n_clusters=arguments.clusters,
+        penalty_weight=arguments.penalty_weight,
+        threads=threads,
+    )
 
     console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(f"TD3+BC plain and with C4, {threads} thread(s) each; {settings.path.name}")

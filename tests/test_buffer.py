@@ -803,3 +803,15 @@ def test_add_casts_floats_to_the_dtypes_held() -> None:
     assert set(batch.rewards.tolist()) <= {1.0, 2.0}
     with pytest.raises(ValueError, match="observations: expected rows like those stored"):
         buffer.add(np.ones(3), np.ones(1), 2.0, np.ones(3), False)
+
+
+def test_a_batch_that_can_not_be_drawn_is_refused_before_anything_is_clustered() -> None:
+    calls: list[int] = []
+    buffer = ClusteredReplayBuffer(4, replacement=False, refresh=lambda step, buffer: bool(calls.append(step)))
+    buffer.add(torch.zeros(2), torch.zeros(1), 1.0, torch.zeros(2), 0)
+    buffer.attach(Critics(nn.Bilinear(2, 1, 1), nn.Bilinear(2, 1, 1)))
+    with pytest.raises(ValueError, match="batch_size: expected at most the 1 transitions held"):
+        buffer.sample(2)
+    assert calls == []
+    with pytest.raises(ValueError, match="transitions: expected a Transitions record, got dict"):
+        buffer.extend({})

@@ -481,7 +481,7 @@ def test_a_critic_of_discrete_actions_must_return_a_table(make_transitions: Call
 
 
 def test_a_policy_must_return_an_action_for_each_row(batch: Transitions, pair: tuple[nn.Module, nn.Module]) -> None:
-    with pytest.raises(ValueError, match=re.escape("policy: expected actions with 12 rows, got [1, 2]")):
+    with pytest.raises(ValueError, match=re.escape("policy: expected a tensor of actions [12, 2], got [1, 2]")):
         stacked_gradients(Critics(*pair, policy=lambda s: torch.zeros(1, 2)), batch)
 
 
@@ -511,3 +511,19 @@ def test_a_chunk_has_at_least_one_row(
 ) -> None:
     with pytest.raises(ValueError, match="chunk_size: expected an integer of at least 1, got"):
         read(Critics(*pair), batch, chunk_size=chunk_size)
+
+
+def test_networks_in_a_dictionary_are_found_and_names_not_assigned_yet_are_no_trouble() -> None:
+    networks = {"q": nn.Sequential(nn.Linear(3, 1), nn.Dropout())}
+
+    def late() -> nn.Module:
+        return unassigned
+
+    found = Critics(lambda s: networks["q"](s), lambda s: late()(s)).modules
+    assert networks["q"] in found
+    unassigned = nn.Linear(3, 1)
+
+
+def test_a_policy_that_returns_a_pair_is_refused_by_name(batch: Transitions, pair: tuple[nn.Module, nn.Module]) -> None:
+    with pytest.raises(ValueError, match=re.escape("policy: expected a tensor of actions [12, 2], got tuple")):
+        stacked_gradients(Critics(*pair, policy=lambda s: (s[:, :2], s[:, 0])), batch)

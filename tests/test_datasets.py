@@ -70,7 +70,7 @@ def test_without_next_observations_the_next_row_follows_and_ends_without_one_are
     assert loaded.observations[:, 0].tolist() == rows
     assert loaded.next_observations[:, 0].tolist() == [row + 1 for row in rows]
     assert loaded.terminals.tolist() == [0, 0, 1, 0, 0]
-    assert loaded.timeouts.tolist() == [0] * 5
+    assert loaded.timeouts.tolist() == [0, 0, 0, 1, 1]  # the last rows that are left of their episodes
     assert loaded.next_actions.squeeze(1).tolist() == [1.5, 2.5, 2.5, 4.5, 6.5]
     assert loaded.has_next_actions.tolist() == [1, 1, 0, 1, 1]
 

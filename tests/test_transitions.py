@@ -371,3 +371,19 @@ def test_wrong_input_is_refused_by_name(fields: dict[str, Any], message: str) ->
 def test_concatenate_refuses_parts_that_do_not_fit(parts: Callable[[], list[Transitions]], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         Transitions.concatenate(parts())
+
+
+def test_replace_keeps_what_it_is_not_given(make_transitions: Callable[..., Transitions]) -> None:
+    batch = make_transitions(6)
+    batch = Transitions.unchecked(
+        {**dict(batch.columns()), "timeouts": torch.zeros(6)}, indices=torch.arange(6), cluster=2
+    )
+    shaped = batch.replace(rewards=2 * batch.rewards)
+    assert torch.equal(shaped.rewards, 2 * batch.rewards)
+    assert shaped.timeouts.tolist() == [0] * 6
+    assert shaped.cluster == 2
+    assert torch.equal(shaped.indices, torch.arange(6))
+    with pytest.raises(ValueError, match="rewards: expected finite values"):
+        batch.replace(rewards=batch.rewards / 0)
+    with pytest.raises(ValueError, match="fields: expected names among observations, .*, got reward"):
+        batch.replace(reward=batch.rewards)

@@ -18,7 +18,7 @@ def load_d4rl(path: str | Path) -> Transitions:
 
     observations [N, *O], actions [N, A], rewards [N], terminals [N]; timeouts [N] and next_observations [N, *O] may be
     missing. Without next_observations, s' is the next row's observation, and the last row of an episode that did not
-    end in a terminal is left out, as it has none.
+    end in a terminal is left out, as it has none; the row before it is the timeout then.
 
     Raises:
         ValueError: if a field is missing; names it.
@@ -39,4 +39,8 @@ def load_d4rl(path: str | Path) -> Transitions:
     observations = fields["observations"]
     fields["next_observations"] = torch.cat([observations[1:], observations[-1:]])
     whole = Transitions(**fields)  # links next actions over whole episodes
-    return whole[(whole.timeouts == 0) | (whole.terminals == 1)]
+    cut = (whole.timeouts == 1) & (whole.terminals == 0)
+    # The row before one that is left out ends its episode now, unless it belongs to the episode before.
+    before = torch.cat([cut[1:], cut[:1] & False]) & (whole.terminals + whole.timeouts == 0)
+    timeouts = torch.where(before, torch.ones_like(whole.timeouts), whole.timeouts)
+    return Transitions.unchecked({**dict(whole.columns()), "timeouts": timeouts})[~cut]

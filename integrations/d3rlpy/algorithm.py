@@ -139,6 +139,7 @@ class C4Algorithm(QLearningAlgoBase):
         if self.c4_buffer is None:  # by now the scalers are fitted and the networks are built
             interval = self._c4_config.refresh_interval
             seed = torch.initial_seed() if self._c4_config.seed is None else self._c4_config.seed
+            seed = (seed + self._grad_step) % 2**63  # a second fit in one process draws other batches
             self.c4_buffer = ClusteredReplayBuffer.from_transitions(
                 transitions_of(dataset, self),
                 n_clusters=self._c4_config.n_clusters,
@@ -147,8 +148,7 @@ class C4Algorithm(QLearningAlgoBase):
                 clusterer=self.c4_clusterer,
                 device=self._device,
                 storage="device",
-                seed=(seed + self._grad_step)
-                % 2**63,  # a second fit goes on, and does not draw the first one's batches
+                seed=seed,
             )
             self.c4_buffer.attach(self._impl.c4_critics)
         return to_mini_batch(self.c4_buffer.sample(batch_size), self._device)

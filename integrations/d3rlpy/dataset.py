@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from d3rlpy.constants import ActionSpace
 from d3rlpy.dataset import BasicTransitionPicker, MixedReplayBuffer, ReplayBufferBase
 from d3rlpy.torch_utility import TorchMiniBatch
 from torch import Tensor
@@ -30,7 +31,9 @@ def transitions_of(dataset: ReplayBufferBase, algo: Any = None) -> Transitions:
         columns = _from_picker(dataset)
     if algo is not None:
         columns = _scaled(columns, algo)
-    return Transitions(**columns)
+    if dataset.dataset_info.action_space == ActionSpace.DISCRETE:
+        columns.update({name: columns[name].long() for name in ("actions", "next_actions")})
+    return Transitions(**columns, has_next_actions=1 - columns["terminals"].reshape(-1))
 
 
 def _from_episodes(episodes: Sequence[Any], count: int) -> dict[str, Any]:
@@ -43,9 +46,9 @@ def _from_episodes(episodes: Sequence[Any], count: int) -> dict[str, Any]:
         pieces["next_observations"].append([_shifted(part, stop) for part in parts])
         pieces["actions"].append(episode.actions[:stop])
         pieces["next_actions"].append(_shifted(episode.actions, stop))
-    terminals = [np.zeros(episode.transition_count) for episode in episodes]
-    for flags, episode in zip(terminals, episodes):
-        flags[-1:] = float(episode.terminated)
+    last = [np.arange(1, episode.transition_count + 1) == episode.transition_count for episode in episodes]
+    terminals = [flags * float(episode.terminated) for flags, episode in zip(last, episodes)]
+    timeouts = [flags * float(not episode.terminated) for flags, episode in zip(last, episodes)]
     rewards = [episode.rewards[: episode.transition_count] for episode in episodes]
     return {
         **{
@@ -55,6 +58,7 @@ def _from_episodes(episodes: Sequence[Any], count: int) -> dict[str, Any]:
         **{name: _floats(np.concatenate(pieces[name])[-count:]) for name in ("actions", "next_actions")},
         "rewards": _floats(np.concatenate(rewards)[-count:]),
         "terminals": _floats(np.concatenate(terminals)[-count:]),
+        "timeouts": _floats(np.concatenate(timeouts)[-count:]),
     }
 
 
@@ -69,6 +73,9 @@ def _from_picker(dataset: ReplayBufferBase) -> dict[str, Any]:
     """The columns that any other picker gives, one transition at a time, once."""
     picker, buffer = dataset.transition_picker, dataset.buffer
     picked = [picker(*buffer[i]) for i in range(dataset.transition_count)]
+    last = np.array(
+        [index == episode.transition_count - 1 for episode, index in map(buffer.__getitem__, range(len(picked)))]
+    )
 
     def stack(name: str) -> list[np.ndarray]:
         values = [getattr(transition, name) for transition in picked]
@@ -81,6 +88,7 @@ def _from_picker(dataset: ReplayBufferBase) -> dict[str, Any]:
         "next_actions": _floats(stack("next_action")[0]),
         "rewards": _floats(stack("reward")[0]),
         "terminals": _floats(stack("terminal")[0]),
+        "timeouts": _floats(last & (stack("terminal")[0].reshape(-1) == 0)),
         "intervals": _floats(stack("interval")[0]),
     }
 

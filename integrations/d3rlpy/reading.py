@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from d3rlpy.constants import ActionSpace
 from torch import Tensor, nn
 
 from c4buffer import Critics
@@ -50,6 +51,8 @@ def critics_of(algo: Any, *, next_action: str = "dataset") -> Critics:
     """
     if getattr(algo, "impl", None) is None:
         fail("algo", "a built algorithm (call build_with_dataset, build_with_env or fit first)", "one without networks")
+    if algo.get_action_type() != ActionSpace.CONTINUOUS or not hasattr(algo.impl, "_q_func_forwarder"):
+        fail("algo", "one with continuous actions and an ensemble of Q-functions", type(algo).__name__)
     return critics_of_impl(algo.impl, next_action=next_action)
 
 

@@ -355,6 +355,29 @@ def test_transitions_of_equals_what_the_picker_gives() -> None:
             np.testing.assert_array_equal(getattr(transitions, name).numpy(), getattr(expected, name)[:, 0])
 
 
+def test_transitions_of_marks_the_ends_of_episodes_and_what_has_a_next_action() -> None:
+    transitions = transitions_of(dataset_of(episodes(3)))  # 20 steps terminated, 20 (of 21) not, 22 terminated
+    ends = torch.zeros(62)
+    ends[[19, 39, 61]] = 1
+    assert torch.equal(transitions.terminals + transitions.timeouts, ends)
+    assert transitions.timeouts.nonzero().tolist() == [[39]]
+    assert torch.equal(transitions.has_next_actions, 1 - transitions.terminals)
+
+
+def test_transitions_of_discrete_actions_are_integers() -> None:
+    parts = [
+        Episode(
+            observations=np.zeros((5, 3), dtype=np.float32),
+            actions=np.arange(5).reshape(5, 1) % 3,
+            rewards=np.zeros((5, 1), dtype=np.float32),
+            terminated=True,
+        )
+    ]
+    transitions = transitions_of(dataset_of(parts))
+    assert transitions.actions.dtype == torch.int64
+    assert transitions.actions.tolist() == [0, 1, 2, 0, 1]
+
+
 def test_transitions_of_a_multi_step_picker_and_of_tuple_observations() -> None:
     dataset = dataset_of(episodes(), transition_picker=MultiStepTransitionPicker(n_steps=3, gamma=0.99))
     transitions = transitions_of(dataset)
@@ -501,6 +524,11 @@ def test_datasets_and_calls_that_do_not_fit_are_refused() -> None:
         transitions_of(MixedReplayBuffer(one, dataset_of(episodes(seed=1)), secondary_mix_ratio=0.5))
     with pytest.raises(ValueError, match="algo: expected a built algorithm"):
         critics_of(small(TD3PlusBCConfig).create())
+    for config in (BCConfig, DQNConfig):
+        algo = config(batch_size=16).create()
+        algo.create_impl((3,), 2)
+        with pytest.raises(ValueError, match="algo: expected one with continuous actions and an ensemble"):
+            critics_of(algo)
     with pytest.raises(ValueError, match="fit_online: expected offline training"):
         C4Config(base=small(SACConfig)).create().fit_online(None)
 
