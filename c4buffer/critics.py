@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ._checks import check_finite, check_integer, fail, shape_of
+from .networks import modules_behind
 from .transitions import Observations, Transitions, observation_leaves, with_leaves
 
 CHUNK_ROWS = 4096  # rows whose gradients are taken at once: the activations of a 256-wide layer fit the cache
@@ -63,7 +62,7 @@ class Critics:
         """Every network module that is reached through critic, target, policy, features and encode."""
         found: dict[nn.Module, None] = {}
         for part in (self.critic, self.target, self.policy, self.features, self.encode):
-            for root in _modules_behind(part):
+            for root in modules_behind(part):
                 found.update(dict.fromkeys(root.modules()))
         return tuple(found)
 
@@ -110,33 +109,6 @@ def members_of(critic: Any) -> Sequence[Any]:
     if isinstance(critic, (list, tuple, nn.ModuleList)):
         return list(critic)
     return [critic]
-
-
-def _modules_behind(part: Any, depth: int = 4) -> list[nn.Module]:
-    """The networks that a callable is, holds, or names in its body; found within `depth` steps."""
-    if isinstance(part, nn.Module):
-        return [part]
-    held: Iterable[Any] = ()
-    if isinstance(part, (list, tuple)):
-        held = part
-    elif isinstance(part, functools.partial):
-        held = [part.func, *part.args, *part.keywords.values()]
-    elif inspect.ismethod(part):
-        held = [part.__self__]
-    elif isinstance(part, Mapping):
-        held = part.values()
-    elif inspect.isfunction(part):
-        named = [part.__globals__[name] for name in part.__code__.co_names if name in part.__globals__]
-        held = [*_closed_over(part), *named]
-    elif hasattr(part, "__dict__") and not isinstance(part, (type, ModuleType)):
-        held, depth = vars(part).values(), min(depth, 2)  # an agent holds networks, but also environments and data
-    return [module for value in held for module in _modules_behind(value, depth - 1)] if depth else []
-
-
-def _closed_over(function: FunctionType) -> Iterator[Any]:
-    for cell in function.__closure__ or ():
-        with suppress(ValueError):  # a name that is not assigned yet
-            yield cell.cell_contents
 
 
 def member_values(critic: Any, observations: Observations, actions: Tensor, *, name: str = "critic") -> list[Tensor]:

@@ -20,6 +20,7 @@ HEAVY = {*HOSTS.values(), "faiss", "gym", "gymnasium", "h5py", "matplotlib", "sa
 LAYERS = {
     "_checks": 0,
     "kmeans": 0,
+    "networks": 0,
     "transitions": 0,
     "critics": 1,
     "partition": 1,

@@ -1,0 +1,39 @@
+"""The networks that a callable is made of."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from types import FunctionType, ModuleType
+from typing import Any
+
+from torch import nn
+
+
+def modules_behind(part: Any, depth: int = 4) -> list[nn.Module]:
+    """The networks that a callable is, holds, or names in its body; found within `depth` steps."""
+    if isinstance(part, nn.Module):
+        return [part]
+    held: Iterable[Any] = ()
+    if isinstance(part, (list, tuple)):
+        held = part
+    elif isinstance(part, functools.partial):
+        held = [part.func, *part.args, *part.keywords.values()]
+    elif inspect.ismethod(part):
+        held = [part.__self__]
+    elif isinstance(part, Mapping):
+        held = part.values()
+    elif inspect.isfunction(part):
+        named = [part.__globals__[name] for name in part.__code__.co_names if name in part.__globals__]
+        held = [*_closed_over(part), *named]
+    elif hasattr(part, "__dict__") and not isinstance(part, (type, ModuleType)):
+        held, depth = vars(part).values(), min(depth, 2)  # an agent holds networks, but also environments and data
+    return [module for value in held for module in modules_behind(value, depth - 1)] if depth else []
+
+
+def _closed_over(function: FunctionType) -> Iterator[Any]:
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # a name that is not assigned yet
+            yield cell.cell_contents
