@@ -71,11 +71,9 @@ def _shifted(steps: np.ndarray, stop: int) -> np.ndarray:
 
 def _from_picker(dataset: ReplayBufferBase) -> dict[str, Any]:
     """The columns that any other picker gives, one transition at a time, once."""
-    picker, buffer = dataset.transition_picker, dataset.buffer
-    picked = [picker(*buffer[i]) for i in range(dataset.transition_count)]
-    last = np.array(
-        [index == episode.transition_count - 1 for episode, index in map(buffer.__getitem__, range(len(picked)))]
-    )
+    rows = [dataset.buffer[i] for i in range(dataset.transition_count)]
+    picked = [dataset.transition_picker(episode, index) for episode, index in rows]
+    last = np.array([index == episode.transition_count - 1 for episode, index in rows])
 
     def stack(name: str) -> list[np.ndarray]:
         values = [getattr(transition, name) for transition in picked]

@@ -383,6 +383,9 @@ def test_transitions_of_a_multi_step_picker_and_of_tuple_observations() -> None:
     transitions = transitions_of(dataset)
     expected = mini_batch(dataset, range(dataset.transition_count))
     np.testing.assert_array_equal(transitions.intervals.numpy(), expected.intervals[:, 0])
+    ends = np.cumsum([episode.transition_count for episode in dataset.episodes]) - 1
+    truncated = [end for end, episode in zip(ends, dataset.episodes) if not episode.terminated]
+    assert transitions.timeouts.nonzero().squeeze(1).tolist() == truncated
     np.testing.assert_array_equal(transitions.next_observations.numpy(), expected.next_observations)
 
     pairs = [
