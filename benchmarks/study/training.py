@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import logging
+import subprocess
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -33,9 +35,10 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
         settings: dataset, base, arm, seed, updates, evaluate_every, episodes.
 
     Returns:
-        settings; versions; `evaluated_at` and, for each, `scores` and what `measure` gives; `score` (the
-        mean of the last five evaluations); `largest_return` and `diverged` (mean Q above three times that, ever);
-        `training_seconds` and `seconds`.
+        settings; `change` (the arm's fields); versions and commit; `evaluated_at` and, for each, `scores`, what
+        `measure` gives and the buffer's `cluster_sizes` (None without clusters); `score` (the mean of the last five
+        evaluations); `largest_return` and `diverged` (mean Q above three times that, ever); `training_seconds`
+        (processor time of the training alone) and `seconds` (of everything, by the clock).
     """
     torch.set_num_threads(1)
     with contextlib.redirect_stderr(io.StringIO()):
@@ -59,8 +62,8 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
     evaluate = d3rlpy.metrics.EnvironmentEvaluator(env, n_trials=settings["episodes"])
     low, high = RETURNS[name]
 
-    curves: dict[str, list[float]] = {"evaluated_at": [], "scores": []}
-    training_seconds, began = 0.0, time.perf_counter()
+    curves: dict[str, list[Any]] = {"evaluated_at": [], "scores": [], "cluster_sizes": []}
+    training_seconds, began = 0.0, time.process_time()
     for epoch, _ in algo.fitter(
         dataset,
         n_steps=settings["updates"],
@@ -68,16 +71,20 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
         show_progress=False,
         logger_adapter=d3rlpy.logging.NoopAdapterFactory(),
     ):
-        training_seconds += time.perf_counter() - began
+        training_seconds += time.process_time() - began
         curves["evaluated_at"].append(epoch * settings["evaluate_every"])
         curves["scores"].append(100 * (evaluate(algo, dataset) - low) / (high - low))
         for quantity, value in measure(algo, transitions).items():
             curves.setdefault(quantity, []).append(value)
-        began = time.perf_counter()
+        buffer = getattr(algo, "c4_buffer", None)
+        report = None if buffer is None else buffer.last_report
+        curves["cluster_sizes"].append(None if report is None else report.sizes)
+        began = time.process_time()
 
     largest_return = largest_discounted_return(data)
     return {
         **settings,
+        "change": dataclasses.asdict(ARMS[settings["arm"]]),
         **curves,
         "score": sum(curves["scores"][-5:]) / len(curves["scores"][-5:]),
         "largest_return": largest_return,
@@ -85,7 +92,17 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
         "training_seconds": training_seconds,
         "seconds": time.perf_counter() - started,
         "versions": {package: version(package) for package in ("c4buffer", "d3rlpy", "torch", "gymnasium", "mujoco")},
+        "commit": commit(),
     }
+
+
+def commit() -> str | None:
+    """The commit of the code that runs; None where git does not know it."""
+    command = ["git", "-C", str(DATA), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def make_algorithm(d3rlpy: Any, dataset: Any, settings: dict[str, Any]) -> Any:
