@@ -1,19 +1,23 @@
-# make demo   train TD3+BC plain and with C4, side by side, and draw what happens
-# make test   the tests
-# make check  ruff, ruff format, mypy --strict
-# make bench  what C4 costs in time
+# make demo       train TD3+BC plain and with C4, side by side, and draw what happens
+# make test       the tests
+# make test-long  the property tests on at least 10,000 random cases
+# make check      ruff, ruff format, mypy --strict
+# make bench      what C4 costs in time
 # Each sets up .venv when it is missing or older than pyproject.toml or constraints.txt.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench
+.PHONY: demo test test-long check bench
 
 demo: .venv/ready
 	$(BIN)/python examples/quickstart.py
 
 test: .venv/ready
 	$(BIN)/python -m pytest -q
+
+test-long: .venv/ready
+	$(BIN)/python -m pytest -q tests/properties --hypothesis-profile=long --fewest-cases=10000
 
 check: .venv/ready
 	$(BIN)/ruff check .

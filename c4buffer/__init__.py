@@ -1,5 +1,6 @@
 """C4 for offline reinforcement learning: a clustered replay buffer and the covariance penalty."""
 
+from .backends import FaissClusterer, SklearnClusterer
 from .buffer import ClusteredReplayBuffer, RefreshReport
 from .clustering import Clusterer, MixtureClusterer
 from .critics import Critics, stacked_features, stacked_gradients
@@ -23,12 +24,14 @@ __all__ = [
     "CovariancePenalty",
     "Critics",
     "Every",
+    "FaissClusterer",
     "GaussianMixture",
     "MixtureClusterer",
     "MixtureResult",
     "RefreshPolicy",
     "RefreshReport",
     "SingleClusterSampler",
+    "SklearnClusterer",
     "Transitions",
     "covariance_penalty",
     "cross_covariance",

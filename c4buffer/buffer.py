@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_choice, check_finite, check_integer, fail, shape_of
-from .clustering import Clusterer, MixtureClusterer, squared_distances_to_means
+from .clustering import Clusterer, MixtureClusterer, ranks_of_means
 from .critics import CHUNK_ROWS, Critics, stacked_features, stacked_gradients
 from .losses.covariance import decompose_cross_covariance
 from .mixture import MixtureResult
@@ -229,8 +229,8 @@ class ClusteredReplayBuffer:
         previous = self._sampler.responsibilities if self._sampler.clustered else None
         responsibilities = self._clusterer(embeddings, previous)
         check_responsibilities(responsibilities, len(self))
-        distances = squared_distances_to_means(embeddings, responsibilities) if responsibilities.shape[1] > 1 else None
-        self._sampler.assign(responsibilities, distances=distances)
+        ranks = ranks_of_means(embeddings, responsibilities) if responsibilities.shape[1] > 1 else None
+        self._sampler.assign(responsibilities, distances=ranks)
         norms = [float("nan")] * 3
         if isinstance(self._embedding, str) and len(self) > 1:
             pair = embeddings.chunk(2, dim=1)

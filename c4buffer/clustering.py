@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import math
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from ._checks import check_finite, check_integer
-from .mixture import Covariance, GaussianMixture, MixtureResult
+from ._checks import check_finite, check_integer, fail
+from .collective import Group, total
+from .expectation import Covariance
+from .mixture import GaussianMixture, MixtureResult, Start
+from .scaling import CHUNK_ROWS, column_scaling
 
 
 class Clusterer(Protocol):
@@ -31,13 +35,15 @@ class MixtureClusterer:
     """A Gaussian mixture of the standardised embeddings (divisor N; constant columns are divided by 1).
 
     Args:
-        n_clusters: K.
-        covariance, regularization, max_iterations, tolerance, generator: as in `GaussianMixture`; the regularisation is
-            in units of the standardised embeddings.
+        n_clusters: K. "auto": at each call the K of the lowest BIC; K = 1, 2, ... are tried until two more than the
+            best were no better, up to `max_clusters`.
+        covariance, regularization, max_iterations, tolerance, generator, start, process_group: as in
+            `GaussianMixture`; the regularisation is in units of the standardised embeddings.
         warm_start: from the second call on (when `previous` is given), start from the mixture of the call before,
             carried over in raw units, instead of from k-means++. Good for embeddings that move little. A critic in
             training rescales its gradients between refreshes; the old mixture then fits badly, and EM from there tends
             to spend components on a handful of outliers. `ClusteredReplayBuffer` therefore starts anew each time.
+        max_clusters: the largest K for "auto".
 
     Attributes:
         mixture: the last mixture, in the units of the embeddings and in float64; None before the first call.
@@ -45,57 +51,86 @@ class MixtureClusterer:
 
     def __init__(
         self,
-        n_clusters: int = 3,
+        n_clusters: int | Literal["auto"] = 3,
         *,
         covariance: Covariance = "full",
         regularization: float = 1e-6,
         max_iterations: int = 10,
         tolerance: float = 1e-3,
         generator: torch.Generator | None = None,
+        start: Start = "k-means++",
         warm_start: bool = True,
+        max_clusters: int = 8,
+        process_group: Group | None = None,
     ) -> None:
-        check_integer("n_clusters", n_clusters, minimum=1)
-        self._gaussian_mixture = GaussianMixture(
-            n_clusters,
-            covariance=covariance,
-            regularization=regularization,
-            max_iterations=max_iterations,
-            tolerance=tolerance,
-            generator=generator,
-        )
+        if n_clusters != "auto":
+            check_integer("n_clusters", n_clusters, minimum=1)
+        self.n_clusters = n_clusters
+        self.max_clusters = check_integer("max_clusters", max_clusters, minimum=1)
+        self.process_group = process_group
         self.warm_start = warm_start
         self.mixture: MixtureResult | None = None
+        candidates = range(1, max_clusters + 1) if n_clusters == "auto" else (int(n_clusters),)
+        self._candidates = [
+            GaussianMixture(
+                clusters,
+                covariance=covariance,
+                regularization=regularization,
+                max_iterations=max_iterations,
+                tolerance=tolerance,
+                generator=generator,
+                start=start,
+                standardize=True,
+                process_group=process_group,
+            )
+            for clusters in candidates
+        ]
 
     def __call__(self, embeddings: Tensor, previous: Tensor | None = None) -> Tensor:
         """Responsibilities [N, K] of the rows of embeddings [N, E]."""
         check_finite("embeddings", embeddings)
-        mean, scale = (moment.to(embeddings).double() for moment in column_scaling(embeddings))  # as the rows see them
-        standardised = (embeddings - mean.to(embeddings)) / scale.to(embeddings)
-        initial, last = None, self.mixture
-        shape = (self._gaussian_mixture.n_components, embeddings.shape[1])  # K may have been lowered the last time
-        if self.warm_start and previous is not None and last is not None and last.means.shape == shape:
-            initial = last.rescaled(-mean / scale, 1 / scale)
-        result = self._gaussian_mixture.fit(standardised, initial=initial)
-        self.mixture = result.rescaled(mean, scale)
-        return result.responsibilities
+        last = self.mixture if self.warm_start and previous is not None else None
+        rows = float(
+            total(
+                torch.tensor(float(len(embeddings)), dtype=torch.float64, device=embeddings.device), self.process_group
+            )
+        )
+        best, lowest, worse = None, math.inf, 0
+        for gaussian_mixture in self._candidates:
+            if gaussian_mixture.n_components > rows and best is not None:
+                break
+            # K may have been lowered the last time
+            fits = last is not None and last.means.shape == (gaussian_mixture.n_components, embeddings.shape[1])
+            result = gaussian_mixture.fit(embeddings, initial=last if fits else None)
+            bic = -2 * rows * result.log_likelihood + result.free_parameters * math.log(rows)
+            best, lowest, worse = (result, bic, 0) if bic < lowest or best is None else (best, lowest, worse + 1)
+            if worse == 2:
+                break
+        assert best is not None
+        self.mixture = best
+        return best.responsibilities
+
+    def log_likelihood_of(self, embeddings: Tensor) -> float:
+        """Mean over rows [M, E] of their log-likelihood under the last mixture; `OnDrift` asks for it."""
+        if self.mixture is None:
+            fail("log_likelihood_of", "a clustering before it", "none yet")
+        return self.mixture.log_likelihood_of(embeddings)
 
 
-def column_scaling(embeddings: Tensor) -> tuple[Tensor, Tensor]:
-    """Column means and standard deviations [E] in float64, divisor N; constant columns have scale 1."""
-    mean = embeddings.mean(dim=0, dtype=torch.float64)
-    squares = torch.zeros_like(mean)
-    for part in embeddings.split(8192):
-        squares += (part.double() - mean).square().sum(dim=0)
-    scale = (squares / len(embeddings)).sqrt()
-    # Rounding leaves a constant column with a spread of about its own size times epsilon.
-    constant = scale <= torch.finfo(embeddings.dtype).eps * mean.abs()
-    return mean, torch.where(constant, torch.ones_like(scale), scale)
+def ranks_of_means(embeddings: Tensor, responsibilities: Tensor) -> Tensor:
+    """How many clusters' means are nearer to a row than each: embeddings [N, E], responsibilities [N, K] -> [N, K].
 
-
-def squared_distances_to_means(embeddings: Tensor, responsibilities: Tensor) -> Tensor:
-    """Of each row to each cluster's mean, after standardising: embeddings [N, E], responsibilities [N, K] -> [N, K]."""
+    Distances are those of standardised columns; uint8 (int16 for more than 256 clusters).
+    """
     mean, scale = (moment.to(embeddings) for moment in column_scaling(embeddings))
+    clusters = responsibilities.shape[1]
     mass = responsibilities.sum(dim=0).clamp(min=torch.finfo(responsibilities.dtype).tiny).unsqueeze(1)
-    parts = list(zip(embeddings.split(8192), responsibilities.split(8192)))
+    parts = zip(embeddings.split(CHUNK_ROWS), responsibilities.split(CHUNK_ROWS))
     means = sum(r.T @ ((part - mean) / scale) for part, r in parts) / mass  # [K, E]
-    return torch.cat([((part - mean) / scale).unsqueeze(1).sub(means).square().sum(dim=2) for part, _ in parts])
+    dtype = torch.uint8 if clusters <= 256 else torch.int16
+    ranks = torch.empty(len(embeddings), clusters, dtype=dtype, device=embeddings.device)
+    for part, rank in zip(embeddings.split(CHUNK_ROWS), ranks.split(CHUNK_ROWS)):
+        distances = ((part - mean) / scale).unsqueeze(1).sub(means).square().sum(dim=2)
+        for z in range(clusters):
+            rank[:, z] = (distances < distances[:, z : z + 1]).sum(dim=1)
+    return ranks

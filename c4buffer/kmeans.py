@@ -8,39 +8,50 @@ import torch
 from torch import Tensor
 
 CHUNK_FLOATS = 1 << 18  # of [rows, K, E] differences at once
-CHUNK_ROWS = 8192
 LLOYD_STEPS = 5  # as in C4's published code
 
 
-def kmeans(X: Tensor, n_clusters: int, *, generator: torch.Generator) -> tuple[Tensor, int]:
-    """k-means++ draw and a few Lloyd steps: labels [N], and how many clusters (fewer when rows are not distinct)."""
-    origin = X.mean(dim=0, dtype=torch.float64).to(X.dtype)
-    centres: list[Tensor] = []
+def kmeans(X: Tensor, n_clusters: int, *, generator: torch.Generator) -> Tensor:
+    """k-means++ draw and a few Lloyd steps over rows X [N, E] whose origin is near them.
+
+    Returns:
+        Centres [K, E]; fewer than `n_clusters` when there are not so many distinct rows.
+    """
+    drawn: list[Tensor] = []
     nearest = torch.full((len(X),), math.inf, dtype=X.dtype, device=X.device)
     row = int(torch.rand((), generator=generator, dtype=torch.float64) * len(X))
-    while len(centres) < n_clusters:
-        centres.append(X[row] - origin)
-        nearest = torch.minimum(nearest, _squared_distances(X, origin, centres[-1].unsqueeze(0))[:, 0])
+    while len(drawn) < n_clusters:
+        drawn.append(X[row])
+        nearest = torch.minimum(nearest, _squared_distances(X, drawn[-1].unsqueeze(0))[:, 0])
         cumulative = torch.cumsum(nearest, dim=0, dtype=torch.float64)
         if float(cumulative[-1]) == 0:
             break
-        drawn = torch.rand((), generator=generator, dtype=torch.float64).to(X.device) * cumulative[-1]
-        row = min(int(torch.searchsorted(cumulative, drawn, right=True)), len(X) - 1)
-    stacked = torch.stack(centres)
-    labels = _squared_distances(X, origin, stacked).argmin(dim=1)
+        u = torch.rand((), generator=generator, dtype=torch.float64).to(X.device) * cumulative[-1]
+        row = min(int(torch.searchsorted(cumulative, u, right=True)), len(X) - 1)
+    centres = torch.stack(drawn)
     for _ in range(LLOYD_STEPS):
-        counts = torch.bincount(labels, minlength=len(stacked)).double()
-        sums = torch.zeros(stacked.shape, dtype=torch.float64, device=X.device)
-        for part, label in zip(X.split(CHUNK_ROWS), labels.split(CHUNK_ROWS)):
-            sums.index_add_(0, label, (part - origin).double())
-        moved = (sums / counts.clamp(min=1).unsqueeze(1)).to(X.dtype)
-        stacked = torch.where(counts.unsqueeze(1) > 0, moved, stacked)
-        labels = _squared_distances(X, origin, stacked).argmin(dim=1)
-    return labels, len(stacked)
+        centres = centres_of(X, nearest_centres(X, centres), centres)
+    return centres
 
 
-def _squared_distances(X: Tensor, origin: Tensor, centres: Tensor) -> Tensor:
-    """[N, K] from rows of X to centres that are given from the origin."""
+def nearest_centres(X: Tensor, centres: Tensor) -> Tensor:
+    """For each row, which of the centres [K, E] is the nearest: [N], int64."""
+    return _squared_distances(X, centres).argmin(dim=1)
+
+
+def centres_of(X: Tensor, labels: Tensor, previous: Tensor) -> Tensor:
+    """Mean of the rows with each label, [K, E], summed in float64; the previous centre where there are none."""
+    clusters = len(previous)
+    counts = torch.bincount(labels, minlength=clusters).double().unsqueeze(1)
+    sums = torch.zeros(previous.shape, dtype=torch.float64, device=X.device)
+    size = max(256, CHUNK_FLOATS // X.shape[1])
+    for part, label in zip(X.split(size), labels.split(size)):
+        # A matrix product: index_add_ on a GPU sums in an order of its own each time.
+        sums += torch.nn.functional.one_hot(label, clusters).double().T @ part.double()
+    return torch.where(counts > 0, (sums / counts.clamp(min=1)).to(X.dtype), previous)
+
+
+def _squared_distances(X: Tensor, centres: Tensor) -> Tensor:
+    """[N, K]."""
     size = max(256, CHUNK_FLOATS // centres.numel())
-    parts = [((part - origin).unsqueeze(1) - centres).square().sum(dim=2) for part in X.split(size)]
-    return torch.cat(parts)
+    return torch.cat([(part.unsqueeze(1) - centres).square().sum(dim=2) for part in X.split(size)])

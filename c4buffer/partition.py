@@ -8,12 +8,14 @@ from torch import Tensor
 from ._checks import check_finite, fail, shape_of
 
 UNASSIGNED = -1.0
+BLOCK_ROWS = 1 << 18  # worked on at once, so that memory beyond the clustering does not grow with the rows
 
 
 class Partition:
     """Responsibilities of K clusters, column by column, and the sums that sampling needs, exact under every change.
 
     r: [K, n], -1 where a row is unassigned (n is at least the number of rows).
+    distances: [K, N], of each row to each cluster's mean, or any numbers in the order of those.
     """
 
     def __init__(self, r: Tensor, ids: Tensor, distances: Tensor | None) -> None:
@@ -29,10 +31,13 @@ class Partition:
 
     def _count(self) -> None:
         """Sums over the assigned rows, anew."""
-        here = self.r.clamp(min=0).double()  # a float32 loses the squares of what is below 1e-23
         self.assigned = int((self.r[0] >= 0).sum())
-        self.sums = here.sum(dim=1)
-        self.squares = here.square().sum(dim=1)
+        self.sums = torch.zeros(len(self.r), dtype=torch.float64)
+        self.squares = torch.zeros_like(self.sums)
+        for part in self.r.split(BLOCK_ROWS, dim=1):
+            here = part.clamp(min=0).double()  # a float32 loses the squares of what is below 1e-23
+            self.sums += here.sum(dim=1)
+            self.squares += here.square().sum(dim=1)
         self.counted = self.sums.clone()
         self._changed()
 
@@ -45,7 +50,10 @@ class Partition:
     def responsibilities(self, size: int, rows: Tensor | None = None) -> Tensor:
         """[size, K], or [M, K] for given rows."""
         r = self.r[:, :size] if rows is None else self.r[:, rows]
-        return torch.where(r < 0, self.p.to(r.dtype).unsqueeze(1), r).T.contiguous()
+        result = torch.empty(r.shape[1], len(r), dtype=r.dtype)
+        for part, known in zip(result.split(BLOCK_ROWS), r.split(BLOCK_ROWS, dim=1)):
+            part.copy_(torch.where(known < 0, self.p.to(r.dtype).unsqueeze(1), known).T)
+        return result
 
     def effective_sizes(self, size: int) -> Tensor:
         """n_z = (sum_i r_iz)^2 / sum_i r_iz^2, [K]; members, where rows are labelled."""
@@ -108,19 +116,22 @@ class Partition:
     def without(self, z: int) -> Partition:
         """The partition with cluster z dropped and the others renormalised."""
         keep = torch.cat([torch.arange(z), torch.arange(z + 1, len(self.ids))])
-        r = self.r[keep]
-        unassigned = self.r[0] < 0
-        # r_iw / (1 - r_iz) in log space: what is left of r may be tiny, but not zero
-        log_r = r.clamp(min=0).double().log()
-        remains = torch.softmax(log_r, dim=0).to(r.dtype)
-        lost = torch.isneginf(log_r).all(dim=0) & ~unassigned
+        remains = torch.empty(len(keep), self.r.shape[1], dtype=self.r.dtype)
         distances = None if self.distances is None else self.distances[keep]
-        if distances is not None and bool(lost.any()):
-            rows = lost.nonzero().squeeze(1)
-            nearest = distances[:, rows].argmin(dim=0)
-            remains[:, rows] = torch.nn.functional.one_hot(nearest, len(keep)).T.to(r.dtype)
-            lost = torch.zeros_like(lost)
-        remains[:, unassigned | lost] = UNASSIGNED
+        for start in range(0, self.r.shape[1], BLOCK_ROWS):
+            block = slice(start, start + BLOCK_ROWS)
+            # r_iw / (1 - r_iz) in log space: what is left of r may be tiny, but not zero
+            log_r = self.r[keep, block].clamp(min=0).double().log()
+            left = torch.softmax(log_r, dim=0).to(self.r.dtype)
+            unassigned = self.r[0, block] < 0
+            lost = torch.isneginf(log_r).all(dim=0)
+            if distances is not None and block.start < distances.shape[1] and bool((lost & ~unassigned).any()):
+                rows = (lost & ~unassigned).nonzero().squeeze(1)
+                nearest = distances[:, start + rows].argmin(dim=0)
+                left[:, rows] = torch.nn.functional.one_hot(nearest, len(keep)).T.to(left.dtype)
+                lost = unassigned
+            left[:, unassigned | lost] = UNASSIGNED
+            remains[:, block] = left
         return Partition(remains, self.ids[keep], distances)
 
 
@@ -134,7 +145,7 @@ def check_responsibilities(responsibilities: object, rows: int) -> None:
         fail("responsibilities", expected, f"{responsibilities.dtype} {shape_of(responsibilities)}")
     check_finite("responsibilities", responsibilities)
     lowest = float(responsibilities.min())
-    miss = float((responsibilities.sum(dim=1) - 1).abs().max())
+    miss = max(float((part.sum(dim=1) - 1).abs().max()) for part in responsibilities.split(BLOCK_ROWS))
     if lowest < 0 or miss > 1e-3:
         got = f"{lowest:g}" if lowest < 0 else f"rows that miss it by {miss:g}"
         fail("responsibilities", "values from 0, rows that sum to one", got)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_integer, fail
-from .partition import Partition, check_responsibilities
+from .partition import BLOCK_ROWS, Partition, check_responsibilities
 
 BLOCK_INDICES = 1 << 14  # drawn ahead at most, and at most BLOCK_BATCHES batches
 BLOCK_BATCHES = 64
@@ -93,16 +93,18 @@ class SingleClusterSampler:
 
         Args:
             responsibilities: [N, K], not negative, rows that sum to one; float32 or float64.
-            distances: of each row to each cluster's mean, [N, K], for rows that dissolving leaves without a cluster.
-                None: such rows take r_i = p.
+            distances: of each row to each cluster's mean, or any numbers in the order of those, [N, K], for rows that
+                dissolving leaves without a cluster. None: such rows take r_i = p.
         """
         check_responsibilities(responsibilities, self.size)
-        # Exactly one, or rows would be drawn as often as their sum says.
-        r = (responsibilities / responsibilities.sum(dim=1, keepdim=True)).detach().T.cpu()
-        if self.assignment == "hard":
-            r = torch.nn.functional.one_hot(r.argmax(dim=0), len(r)).T.to(r.dtype)
-        d = None if distances is None else distances.T.float().cpu().contiguous()
-        self._partition = Partition(r.contiguous(), torch.arange(len(r)), d)
+        r = torch.empty(responsibilities.shape[1], self.size, dtype=responsibilities.dtype)
+        for start, part in zip(range(0, self.size, BLOCK_ROWS), responsibilities.detach().split(BLOCK_ROWS)):
+            if self.assignment == "hard":
+                part = torch.zeros_like(part).scatter_(1, part.argmax(dim=1, keepdim=True), 1)
+            # Exactly one, or rows would be drawn as often as their sum says.
+            r[:, start : start + len(part)] = (part / part.sum(dim=1, keepdim=True)).T
+        d = None if distances is None else distances.T.cpu().contiguous()
+        self._partition = Partition(r, torch.arange(len(r)), d)
         if not self.replacement:
             self._partition.labels = torch.full((self.size,), -1)
             self._label(self._partition, torch.arange(self.size))

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from c4buffer import GaussianMixture, MixtureClusterer
-from c4buffer.clustering import column_scaling, squared_distances_to_means
+from c4buffer.clustering import ranks_of_means
+from c4buffer.scaling import column_scaling
 
 few_examples = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 
@@ -216,18 +217,22 @@ def test_embeddings_that_are_not_finite_are_refused_and_the_mixture_stays() -> N
     assert clusterer.mixture is mixture
 
 
-@pytest.mark.parametrize("n_clusters", [0, -1, 2.0, True, "auto"])
+@pytest.mark.parametrize("n_clusters", [0, -1, 2.0, True, "Auto"])
 def test_the_number_of_clusters_is_checked_by_name(n_clusters: Any) -> None:
     message = f"n_clusters: expected an integer of at least 1, got {n_clusters!r}"
     with pytest.raises(ValueError, match=re.escape(message)):
         MixtureClusterer(n_clusters)
 
 
-def test_squared_distances_to_means_are_those_of_standardised_columns() -> None:
-    X = torch.tensor([[0.0, 5.0], [2.0, 5.0], [4.0, 5.0], [6.0, 5.0]], dtype=torch.float64)
-    r = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
-    # means of the first column: (0 + 1) / 1.5 and (1 + 4 + 6) / 2.5; its variance is 5
-    means = torch.tensor([2 / 3, 4.4])
-    torch.testing.assert_close(squared_distances_to_means(X, r), (X[:, :1] - means) ** 2 / 5)
+def test_ranks_of_means_are_the_order_of_their_distances_after_standardising() -> None:
+    # the second column counts as much as the first, which is a thousand times wider
+    X = torch.tensor([[0.0, 0.0], [2000.0, 1.0], [4000.0, 2.0], [6000.0, 9.0]], dtype=torch.float64)
+    r = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    standardised = (X - X.mean(dim=0)) / X.std(dim=0, correction=0)
+    means = (r.T @ standardised) / r.sum(dim=0).unsqueeze(1)
+    ranks = ranks_of_means(X, r)
+    assert ranks.dtype == torch.uint8
+    assert torch.equal(ranks.long(), torch.cdist(standardised, means).argsort(dim=1).argsort(dim=1))
     empty = torch.cat([torch.ones(4, 1), torch.zeros(4, 1)], dim=1).double()
-    assert bool(torch.isfinite(squared_distances_to_means(X, empty)).all())
+    assert ranks_of_means(X, empty).shape == (4, 2)
+    assert ranks_of_means(X.float(), torch.full((4, 300), 1 / 300)).dtype == torch.int16

@@ -19,10 +19,15 @@ HOSTS = {"d3rlpy": "d3rlpy", "sb3": "stable_baselines3", "torchrl": "torchrl"}
 HEAVY = {*HOSTS.values(), "faiss", "gym", "gymnasium", "h5py", "matplotlib", "safetensors", "scipy", "sklearn"}
 LAYERS = {
     "_checks": 0,
+    "collective": 0,
+    "memory": 0,
+    "scaling": 0,
+    "faiss_kmeans": 0,
     "kmeans": 0,
     "networks": 0,
     "transitions": 0,
     "critics": 1,
+    "expectation": 1,
     "partition": 1,
     "storage": 1,
     "mixture": 1,
@@ -32,6 +37,7 @@ LAYERS = {
     "clustering": 2,
     "sampling": 2,
     "refresh": 2,
+    "backends": 3,
     "buffer": 3,
     "checkpoint": 3,
     "diagnostics": 4,

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
+import c4buffer.expectation
 import c4buffer.kmeans
-import c4buffer.mixture
 from c4buffer import GaussianMixture, MixtureResult
 
 GOLDEN = Path(__file__).parent / "golden" / "official_c4.npz"
@@ -61,10 +61,10 @@ def test_em_is_that_recorded_from_the_published_code_and_exactly_so_with_its_jit
 ) -> None:
     with np.load(GOLDEN) as archive:
         recorded = {key.split("/")[1]: torch.from_numpy(archive[key]) for key in archive.files if key.startswith(case)}
-    cholesky = c4buffer.mixture._cholesky
+    cholesky = c4buffer.expectation.cholesky
     monkeypatch.setattr(
-        c4buffer.mixture,
-        "_cholesky",
+        c4buffer.expectation,
+        "cholesky",
         lambda covariances: cholesky(covariances + jitter * torch.eye(covariances.shape[1])),
     )
     mixture = GaussianMixture(
@@ -250,9 +250,8 @@ def test_the_size_of_the_chunks_does_not_matter(covariance: Any, monkeypatch: py
     X, _ = blobs(1100)
     mixture = GaussianMixture(3, covariance=covariance)
     expected = mixture.fit(X)
-    monkeypatch.setattr(c4buffer.mixture, "CHUNK_FLOATS", 1)
+    monkeypatch.setattr(c4buffer.expectation, "CHUNK_FLOATS", 1)
     monkeypatch.setattr(c4buffer.kmeans, "CHUNK_FLOATS", 1)
-    monkeypatch.setattr(c4buffer.kmeans, "CHUNK_ROWS", 100)
     assert_mixtures_close(mixture.fit(X), expected, rtol=1e-10, atol=1e-12)
 
 
@@ -434,12 +433,12 @@ def test_float32_data_far_from_zero_are_no_trouble(covariance: Any) -> None:
 def test_a_covariance_that_is_not_positive_definite_gets_no_more_jitter_than_it_needs() -> None:
     good = torch.tensor([[4.0, 2.0], [2.0, 3.0]], dtype=torch.float64)
     flat = torch.tensor([[1.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
-    lower = c4buffer.mixture._cholesky(torch.stack([good, flat, torch.zeros_like(flat)]))
+    lower = c4buffer.expectation.cholesky(torch.stack([good, flat, torch.zeros_like(flat)]))
     assert torch.equal(lower[0], torch.linalg.cholesky(good))
     torch.testing.assert_close(lower[1] @ lower[1].T, flat, rtol=0, atol=1e-11)
     assert bool(torch.isfinite(lower).all())
     with pytest.raises(ValueError, match="covariances: expected finite values, got nan in row 0"):
-        c4buffer.mixture._cholesky(torch.full((1, 2, 2), float("nan")))
+        c4buffer.expectation.cholesky(torch.full((1, 2, 2), float("nan")))
 
 
 # Other units

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .._checks import check_choice, check_number, fail, shape_of
 from ..critics import Critics, member_features, paired_gradients
+from ..memory import WHOLE_DEVICE
+from ..scaling import CHUNK_ROWS
 from ..transitions import Transitions
 
 ROUNDINGS = 32  # what a few layers of a few hundred units leave in gradients that are equal but for rounding
@@ -61,21 +63,30 @@ def decompose_cross_covariance(
     if responsibilities.ndim != 2 or len(responsibilities) != len(gradients):
         fail("responsibilities", f"[N, K] with N = {len(gradients)}", shape_of(responsibilities))
     rows = len(gradients)
-    total = _centred(target_gradients).T @ _centred(gradients) / rows
+    mass = responsibilities.sum(dim=0)  # [K], N p_z
+    divisor = mass.clamp(min=torch.finfo(mass.dtype).tiny).unsqueeze(1)
+    target_mean, mean = target_gradients.mean(dim=0), gradients.mean(dim=0)
+    columns = (target_gradients, gradients, responsibilities)
+    size = CHUNK_ROWS if gradients.device.type == "cpu" else max(CHUNK_ROWS, WHOLE_DEVICE // gradients.shape[1])
+    # mu'_z and mu_z, [K, D]; deviations from the mean of all, which lose fewer digits
+    target_means, means = torch.zeros(2, len(mass), gradients.shape[1], dtype=mean.dtype, device=mean.device)
+    for target_part, part, r in zip(*(column.split(size) for column in columns)):
+        target_means += r.T @ (target_part - target_mean)
+        means += r.T @ (part - mean)
+    target_means, means = target_means / divisor, means / divisor
 
-    sums = responsibilities.sum(dim=0)  # [K], N p_z
-    share = (responsibilities / sums.clamp(min=torch.finfo(sums.dtype).tiny)).T  # [K, N]
-    target_means = share @ target_gradients  # mu'_z, [K, D]
-    means = share @ gradients  # mu_z, [K, D]
-    p = (sums / rows).unsqueeze(1)
-    between = (p * (target_means - target_gradients.mean(dim=0))).T @ (means - gradients.mean(dim=0))
-
+    total = torch.zeros(gradients.shape[1], gradients.shape[1], dtype=mean.dtype, device=mean.device)
     within = torch.zeros_like(total)
-    for z in range(responsibilities.shape[1]):
-        # p_z C_z = sum_i r_iz (g'_i - mu'_z) (g_i - mu_z)^T / N
-        weighted = (target_gradients - target_means[z]) * responsibilities[:, z : z + 1]
-        within += weighted.T @ (gradients - means[z]) / rows
-    return total, within, between
+    for target_part, part, r in zip(*(column.split(size) for column in columns)):
+        target_part, part = target_part - target_mean, part - mean
+        total += target_part.T @ part
+        for z in range(len(mass)):
+            # p_z C_z = sum_i r_iz (g'_i - mu'_z) (g_i - mu_z)^T / N
+            within += ((target_part - target_means[z]) * r[:, z : z + 1]).T @ (part - means[z])
+    # the mean of mu_z is that of all but for rounding
+    p = (mass / rows).unsqueeze(1)
+    between = (p * (target_means - (p * target_means).sum(dim=0))).T @ (means - (p * means).sum(dim=0))
+    return total / rows, within / rows, between
 
 
 class CovariancePenalty:
