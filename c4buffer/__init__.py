@@ -12,7 +12,8 @@ from .losses.covariance import (
     decompose_cross_covariance,
 )
 from .mixture import GaussianMixture, MixtureResult
-from .refresh import Every, RefreshPolicy
+from .reduction import ReducedClusterer
+from .refresh import Every, OnDrift, RefreshPolicy
 from .sampling import SingleClusterSampler
 from .transitions import Transitions
 
@@ -28,6 +29,8 @@ __all__ = [
     "GaussianMixture",
     "MixtureClusterer",
     "MixtureResult",
+    "OnDrift",
+    "ReducedClusterer",
     "RefreshPolicy",
     "RefreshReport",
     "SingleClusterSampler",

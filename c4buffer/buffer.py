@@ -12,13 +12,15 @@ from torch import Tensor
 
 from ._checks import check_choice, check_finite, check_integer, fail, shape_of
 from .clustering import Clusterer, MixtureClusterer, ranks_of_means
-from .critics import CHUNK_ROWS, Critics, stacked_features, stacked_gradients
+from .critics import CHUNK_ROWS, PROBE_ROWS, Critics, rows_for, stacked_features, stacked_gradients
 from .losses.covariance import decompose_cross_covariance
 from .mixture import MixtureResult
 from .partition import check_responsibilities
+from .reduction import ReducedClusterer, Reduction
 from .refresh import RefreshPolicy
 from .sampling import SingleClusterSampler
 from .storage import RingStorage
+from .trajectories import Trajectories
 from .transitions import Observations, Transitions
 
 Embedding = Callable[[Critics, Transitions], Tensor]
@@ -58,14 +60,19 @@ class ClusteredReplayBuffer:
 
     Args:
         capacity: transitions held; then the oldest are overwritten.
-        n_clusters: K, for the default clusterer.
+        n_clusters: K, for the default clusterer; "auto" for the K of the lowest BIC, at each refresh.
         embedding: what is clustered: "gradients" (`stacked_gradients`), "features" (`stacked_features`) or a callable
             `(critics, transitions) -> [N, E]`.
         refresh: when to cluster again: `Every(n)` or any `(step, buffer) -> bool`. None: max(1000, N // 10) batches
             after the last refresh, N being the transitions held then; the first as soon as critics are attached.
         clusterer: how to cluster. None: `MixtureClusterer(n_clusters, warm_start=False)`.
+        max_dim: embeddings of more columns are reduced to so many before they are clustered (see `ReducedClusterer`).
+        reduction: how: "projection" (random directions) or "pca".
         assignment: "soft": a transition is drawn with each cluster by its responsibility; "hard": with its arg-max one.
         replacement: within a cluster.
+        trajectory_tail: as in C4's published code, each cluster also holds the rest of each trajectory after its last
+            member there, and is drawn in proportion to its size. Gives up uniformity: late transitions are drawn more
+            often. Clusters are hard then, and need `replacement`.
         device: of the sampled batches.
         storage: "memory" keeps the transitions in RAM, "device" on `device`.
         seed: of the buffer's own generator. None: torch.initial_seed(). Global generators are not touched.
@@ -83,24 +90,32 @@ class ClusteredReplayBuffer:
         self,
         capacity: int,
         *,
-        n_clusters: int = 3,
+        n_clusters: int | Literal["auto"] = 3,
         embedding: Union[Literal["gradients", "features"], Embedding] = "gradients",
         refresh: RefreshPolicy | None = None,
         clusterer: Clusterer | None = None,
+        max_dim: int = 256,
+        reduction: Reduction = "projection",
         assignment: Literal["soft", "hard"] = "soft",
         replacement: bool = True,
+        trajectory_tail: bool = False,
         device: torch.device | str = "cpu",
         storage: Literal["memory", "device"] = "memory",
         seed: int | None = None,
     ) -> None:
         check_integer("capacity", capacity, minimum=1)
-        check_integer("n_clusters", n_clusters, minimum=1)
+        if n_clusters != "auto":
+            check_integer("n_clusters", n_clusters, minimum=1)
         if not callable(embedding):
             check_choice("embedding", embedding, tuple(EMBEDDINGS))
         for name, value in (("refresh", refresh), ("clusterer", clusterer)):
             if value is not None and not callable(value):
                 fail(name, "a callable or None", repr(value))
         check_choice("assignment", assignment, ("soft", "hard"))
+        if trajectory_tail and not replacement:
+            fail(
+                "trajectory_tail", "replacement=True, as a transition can be in several clusters", "replacement=False"
+            )
         check_choice("storage", storage, ("memory", "device"))
         if seed is not None:
             check_integer("seed", seed, minimum=0)
@@ -109,11 +124,14 @@ class ClusteredReplayBuffer:
         self.n_clusters = n_clusters
         self.device = torch.device(device)
         generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
-        self._fewest_rows = n_clusters if clusterer is None else 1
-        self._clusterer = clusterer or MixtureClusterer(n_clusters, generator=generator, warm_start=False)
+        self._fewest_rows = n_clusters if clusterer is None and isinstance(n_clusters, int) else 1
+        clusterer = clusterer or MixtureClusterer(n_clusters, generator=generator, warm_start=False)
+        self._clusterer = ReducedClusterer(clusterer, max_dim=max_dim, reduction=reduction)
         self._embedding = embedding
         self._refresh_policy = refresh
         self._storage = RingStorage(capacity, device=self.device if storage == "device" else torch.device("cpu"))
+        self._trajectories = Trajectories(capacity) if trajectory_tail else None
+        assignment = "hard" if trajectory_tail else assignment
         self._sampler = SingleClusterSampler(generator=generator, assignment=assignment, replacement=replacement)
         self._critics: Critics | None = None
         self._batches = 0
@@ -139,6 +157,11 @@ class ClusteredReplayBuffer:
         """
         if not isinstance(transitions, Transitions):
             fail("transitions", "a Transitions record", type(transitions).__name__)
+        slots = self._write(transitions)
+        if self._trajectories is not None:
+            self._trajectories.extend(slots, (transitions.terminals + transitions.timeouts).cpu() > 0)
+
+    def _write(self, transitions: Transitions) -> Tensor:
         before = len(self)
         slots = self._storage.write(transitions)
         overwritten = slots[slots < before]
@@ -146,6 +169,7 @@ class ClusteredReplayBuffer:
             self._sampler.overwrite(overwritten)
         if len(self) > before:
             self._sampler.extend(len(self) - before)
+        return slots
 
     def add(
         self,
@@ -186,12 +210,14 @@ class ClusteredReplayBuffer:
         step = Transitions.unchecked({**dict(step.columns()), "timeouts": timeouts.reshape(-1).to(step.timeouts)})
         step = self._storage.cast(step)
         first = self._storage.written
-        self.extend(step)
+        slots = self._write(step)
         for environment, action in enumerate(step.actions):
             row = self._last_rows.get(environment)
             if row is not None and self._storage.holds(row):
                 self._storage.link(row, action)
-        done = (step.terminals + step.timeouts) > 0
+        done = ((step.terminals + step.timeouts) > 0).cpu()
+        if self._trajectories is not None:
+            self._trajectories.add(slots, done)
         self._last_rows = {e: first + e for e in range(len(step)) if not done[e]}
 
     def attach(self, critics: Critics) -> None:
@@ -225,12 +251,13 @@ class ClusteredReplayBuffer:
         if len(self) < self._fewest_rows:
             fail("n_clusters", f"at most the {len(self)} transitions held", self._fewest_rows)
         started = time.perf_counter()
-        embeddings = self._embed(critics)
+        embeddings = self._embed(critics, len(self), self._storage.rows)
         previous = self._sampler.responsibilities if self._sampler.clustered else None
         responsibilities = self._clusterer(embeddings, previous)
         check_responsibilities(responsibilities, len(self))
         ranks = ranks_of_means(embeddings, responsibilities) if responsibilities.shape[1] > 1 else None
-        self._sampler.assign(responsibilities, distances=ranks)
+        trajectories = None if self._trajectories is None else self._trajectories.of(len(self))
+        self._sampler.assign(responsibilities, distances=ranks, trajectories=trajectories)
         norms = [float("nan")] * 3
         if isinstance(self._embedding, str) and len(self) > 1:
             pair = embeddings.chunk(2, dim=1)
@@ -249,6 +276,30 @@ class ClusteredReplayBuffer:
         )
         self._next_refresh = self._batches + max(1000, len(self) // 10)
         return self._last_report
+
+    def log_likelihood_of(self, rows: Tensor) -> float:
+        """How well the last clustering describes what the attached critics are now.
+
+        Args:
+            rows: indices [M], int64, of transitions held.
+
+        Returns:
+            The mean over these transitions of the log-likelihood of their embeddings, taken anew.
+
+        Raises:
+            ValueError: without attached critics, before the first refresh, or for a clusterer without a likelihood.
+        """
+        critics = _checked_critics(self._critics)
+        if not self._sampler.clustered:
+            fail("log_likelihood_of", "a refresh before it", "no clusters")
+        rows = rows.cpu()
+        embeddings = self._embed(critics, len(rows), lambda start, stop: self._storage.gather(rows[start:stop]))
+        return self._clusterer.log_likelihood_of(embeddings)
+
+    @property
+    def clustered(self) -> bool:
+        """Whether there are clusters to draw from: after the first refresh, until every row has been overwritten."""
+        return self._sampler.clustered
 
     @property
     def responsibilities(self) -> Tensor:
@@ -282,15 +333,20 @@ class ClusteredReplayBuffer:
             return lost or self._batches >= self._next_refresh
         return self._refresh_policy(self._batches, self)
 
-    def _embed(self, critics: Critics) -> Tensor:
-        embed = EMBEDDINGS[self._embedding] if isinstance(self._embedding, str) else self._embedding
+    def _embed(self, critics: Critics, rows: int, read: Callable[[int, int], Transitions]) -> Tensor:
+        """[rows, E], of the transitions that `read(start, stop)` gives, some at once."""
+        if isinstance(self._embedding, str):
+            embed = EMBEDDINGS[self._embedding]
+            size = rows_for(critics, read(0, min(2 * PROBE_ROWS, rows)).to(self.device))
+        else:
+            embed, size = self._embedding, CHUNK_ROWS
         embeddings: Tensor | None = None
-        for start in range(0, len(self), CHUNK_ROWS):
-            rows = self._storage.rows(start, min(start + CHUNK_ROWS, len(self)))
-            chunk = embed(critics, rows.to(self.device))
-            _check_embeddings(chunk, len(rows))
+        for start in range(0, rows, size):
+            part = read(start, min(start + size, rows)).to(self.device)
+            chunk = embed(critics, part)
+            _check_embeddings(chunk, len(part))
             if embeddings is None:
-                embeddings = chunk.new_empty(len(self), chunk.shape[1])
+                embeddings = chunk.new_empty(rows, chunk.shape[1])
             embeddings[start : start + len(chunk)] = chunk.detach()
         assert embeddings is not None
         return embeddings

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._checks import check_finite, check_integer, fail, shape_of
+from .memory import rows_at_once
 from .networks import modules_behind
 from .transitions import Observations, Transitions, observation_leaves, with_leaves
 
 CHUNK_ROWS = 4096  # rows whose gradients are taken at once: the activations of a 256-wide layer fit the cache
+PROBE_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -184,7 +188,7 @@ def flat_gradients(
     ]
 
 
-def stacked_gradients(critics: Critics, batch: Transitions, *, chunk_size: int = CHUNK_ROWS) -> Tensor:
+def stacked_gradients(critics: Critics, batch: Transitions, *, chunk_size: int | None = None) -> Tensor:
     """The pairs of input gradients that C4 clusters: y = [g', g], [N, 2D].
 
     g = grad_x Q(x) at x = (s, a) flattened; g' = (1 - d) grad_x' Q_target(x') at x' = (s', a'). For an ensemble Q is
@@ -194,16 +198,16 @@ def stacked_gradients(critics: Critics, batch: Transitions, *, chunk_size: int =
     Args:
         critics: the critic and its target.
         batch: N transitions, on the critics' device.
-        chunk_size: rows that are differentiated at once.
+        chunk_size: rows that are differentiated at once. None: as many as an eighth of the free memory holds, up to
+            4,096 on a processor.
 
     Raises:
         ValueError: if a critic returns another shape than `Critics` names, or a value or gradient is not finite.
     """
-    check_integer("chunk_size", chunk_size, minimum=1)
     return _in_chunks(_stacked_gradients_of_chunk, critics, batch, chunk_size)
 
 
-def stacked_features(critics: Critics, batch: Transitions, *, chunk_size: int = CHUNK_ROWS) -> Tensor:
+def stacked_features(critics: Critics, batch: Transitions, *, chunk_size: int | None = None) -> Tensor:
     """The pairs of last hidden layers, y = [f', f], [N, 2F]: what C4's published code clusters by default.
 
     f = features of the critic at (s, a), f' = features of the target at (s', a'). The features of an ensemble's members
@@ -212,13 +216,47 @@ def stacked_features(critics: Critics, batch: Transitions, *, chunk_size: int = 
     Raises:
         ValueError: if there are no features to read, or they are not [B, F] and finite.
     """
-    check_integer("chunk_size", chunk_size, minimum=1)
     return _in_chunks(_stacked_features_of_chunk, critics, batch, chunk_size)
 
 
+def rows_for(critics: Critics, batch: Transitions) -> int:
+    """How many rows like these to embed at once: by what the networks make of a few of them, and by the free memory."""
+    if len(batch) < 2 * PROBE_ROWS:
+        return CHUNK_ROWS
+    created = []
+    for rows in (PROBE_ROWS, 2 * PROBE_ROWS):
+        eagerly = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+        with critics.evaluating(), eagerly, _Created() as bytes_created:
+            try:
+                _stacked_gradients_of_chunk(critics, batch[:rows])
+            except Exception:  # whatever is wrong is said by the pass itself, of all the rows
+                return CHUNK_ROWS
+        created.append(bytes_created.total)
+    per_row = max(1, (created[1] - created[0]) // PROBE_ROWS)
+    return rows_at_once(per_row, batch.rewards.device, cached=CHUNK_ROWS)
+
+
+class _Created(TorchDispatchMode):
+    """Counts the bytes of all that is computed; more than is ever held at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (list, tuple)) else (result,):
+            if isinstance(value, Tensor):
+                self.total += value.numel() * value.element_size()
+        return result
+
+
 def _in_chunks(
-    read: Callable[[Critics, Transitions], Tensor], critics: Critics, batch: Transitions, chunk_size: int
+    read: Callable[[Critics, Transitions], Tensor], critics: Critics, batch: Transitions, chunk_size: int | None
 ) -> Tensor:
+    if chunk_size is None:
+        chunk_size = rows_for(critics, batch)
+    check_integer("chunk_size", chunk_size, minimum=1)
     if len(batch) <= chunk_size:
         with critics.evaluating():
             return read(critics, batch)

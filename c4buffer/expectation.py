@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._checks import check_finite
 from .collective import Group, gathered, total
-from .memory import WHOLE_DEVICE
+from .memory import floats_at_once
 from .scaling import column_scaling
 
 Covariance = Literal["full", "diag", "tied"]
@@ -217,7 +217,7 @@ class ExpectationMaximisation:
         return chunk.unsqueeze(0) - means.to(chunk.dtype).unsqueeze(1)
 
     def _chunk_rows(self, components: int) -> int:
-        floats = CHUNK_FLOATS if self.X.device.type == "cpu" else WHOLE_DEVICE
+        floats = floats_at_once(self.X.device, cached=CHUNK_FLOATS)
         return min(len(self.X), max(FEWEST_ROWS, floats // (components * self.X.shape[1])))
 
     def _chunks(self, components: int) -> Iterator[tuple[slice, Tensor]]:

@@ -8,7 +8,8 @@ import torch
 
 SHARE = 8  # of the free memory, one part in so many is used at once
 UNKNOWN = 1 << 31  # bytes taken as free where the system does not tell
-WHOLE_DEVICE = 1 << 27  # floats at once on a GPU: enough to keep it busy
+GPU_ROWS = 1 << 18  # enough to keep a GPU busy
+GPU_FLOATS = 1 << 27
 
 
 def free_bytes(device: torch.device) -> int:
@@ -22,14 +23,20 @@ def free_bytes(device: torch.device) -> int:
         return UNKNOWN
 
 
-def rows_at_once(bytes_per_row: int, device: torch.device, *, cached: int, fewest: int = 1) -> int:
-    """Rows of a pass that needs `bytes_per_row` of memory.
+def rows_at_once(bytes_per_row: int, device: torch.device, *, cached: int) -> int:
+    """Rows of a pass that makes `bytes_per_row`: what a share of the free memory holds.
 
     Args:
         bytes_per_row: at least 1.
         device: where the pass runs.
         cached: the most rows on a processor, where more than the cache holds is slower.
-        fewest: rows taken even where memory is short.
     """
-    most = cached if device.type == "cpu" else max(cached, 4 * WHOLE_DEVICE // bytes_per_row)
-    return max(fewest, min(most, free_bytes(device) // SHARE // bytes_per_row))
+    most = cached if device.type == "cpu" else GPU_ROWS
+    return max(1, min(most, free_bytes(device) // SHARE // bytes_per_row))
+
+
+def floats_at_once(device: torch.device, *, cached: int) -> int:
+    """Floats of a pass over a matrix: `cached` on a processor, a share of the free memory on a GPU."""
+    if device.type == "cpu":
+        return cached
+    return max(cached, min(GPU_FLOATS, free_bytes(device) // SHARE // 4))

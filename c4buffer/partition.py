@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_finite, fail, shape_of
+from .trajectories import with_tails
 
 UNASSIGNED = -1.0
 BLOCK_ROWS = 1 << 18  # worked on at once, so that memory beyond the clustering does not grow with the rows
@@ -26,6 +27,7 @@ class Partition:
         self._members: Tensor | None = None
         self.walks = [torch.empty(0, dtype=torch.int64) for _ in ids]
         self.dissolved: dict[int, Partition] = {}
+        self.tailed: Partition | None = None
         self._tables: dict[int, Tensor] = {}
         self._count()
 
@@ -94,7 +96,7 @@ class Partition:
         if self.labels is not None:
             self.labels = torch.cat([self.labels, torch.full((size - len(self.labels),), -1)])
         self._changed()
-        for child in self.dissolved.values():
+        for child in self._derived():
             child.grow(size)
 
     def forget(self, rows: Tensor) -> None:
@@ -110,8 +112,11 @@ class Partition:
             self._count()  # before the rounding of the subtractions can be seen in what is left
         else:
             self._changed()
-        for child in self.dissolved.values():
+        for child in self._derived():
             child.forget(rows)
+
+    def _derived(self) -> list[Partition]:
+        return [*self.dissolved.values(), *([self.tailed] if self.tailed is not None else [])]
 
     def without(self, z: int) -> Partition:
         """The partition with cluster z dropped and the others renormalised."""
@@ -133,6 +138,18 @@ class Partition:
             left[:, unassigned | lost] = UNASSIGNED
             remains[:, block] = left
         return Partition(remains, self.ids[keep], distances)
+
+    def with_tails(self, numbers: Tensor, times: Tensor) -> Partition:
+        """Hard clusters, each with the rest of each trajectory after its last member; rows since then are unassigned.
+
+        numbers, times: of the rows that there were when this clustering was made.
+        """
+        known = self.r[:, : len(numbers)]
+        labels = torch.where(known[0] < 0, -1, known.argmax(dim=0))
+        members = torch.full_like(self.r, UNASSIGNED)
+        members[:, : len(numbers)] = with_tails(labels, len(known), numbers, times).to(self.r.dtype)
+        members[:, (self.r < 0)[0]] = UNASSIGNED
+        return Partition(members, self.ids, None)
 
 
 def check_responsibilities(responsibilities: object, rows: int) -> None:

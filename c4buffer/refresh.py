@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Protocol
 
-from ._checks import check_integer
+import torch
+from torch import Tensor
+
+from ._checks import check_integer, check_number
 
 if TYPE_CHECKING:
-    from .buffer import ClusteredReplayBuffer
+    from .buffer import ClusteredReplayBuffer, RefreshReport
 
 
 class RefreshPolicy(Protocol):
@@ -33,3 +37,53 @@ class Every:
 
     def __repr__(self) -> str:
         return f"Every({self.n})"
+
+
+class OnDrift:
+    """Cluster when the clustering no longer describes what the critics have become.
+
+    A probe set of transitions is drawn once. After each refresh the mean log-likelihood of its embeddings under the
+    new mixture is noted; when, later, fresh embeddings of the same transitions are less likely by more than the
+    threshold, it is time. Rescaled gradients count as drift, as they should: the clusters' shares change with them.
+
+    One policy serves one buffer; given to another, it starts anew.
+
+    Args:
+        threshold: fall of the mean log-likelihood, in nats per transition; above 0. How large it gets by when depends
+            on the critics and on the width of the embeddings: see the page on refreshing.
+        check_every: batches between two looks.
+        probe_size: transitions looked at, at least 1; all, where there are fewer. One look costs their gradients.
+        seed: of the draw of the probe set.
+    """
+
+    def __init__(self, threshold: float, *, check_every: int = 100, probe_size: int = 512, seed: int = 0) -> None:
+        self.threshold = check_number("threshold", threshold, minimum=0, exclusive=True)
+        self.check_every = check_integer("check_every", check_every, minimum=1)
+        self.probe_size = check_integer("probe_size", probe_size, minimum=1)
+        self.seed = check_integer("seed", seed, minimum=0)
+        self._buffer: weakref.ref[ClusteredReplayBuffer] | None = None
+        self._report: RefreshReport | None = None
+        self._probe = torch.empty(0, dtype=torch.int64)
+        self._reference = 0.0
+
+    def __call__(self, step: int, buffer: ClusteredReplayBuffer) -> bool:
+        report = buffer.last_report
+        if report is None or not buffer.clustered:
+            return True
+        if self._buffer is None or self._buffer() is not buffer or len(self._probe) < min(self.probe_size, len(buffer)):
+            self._buffer, self._report = weakref.ref(buffer), None
+            self._probe = self._drawn(len(buffer))
+        if report is not self._report:
+            self._report = report
+            self._reference = buffer.log_likelihood_of(self._probe)
+            return False
+        if step % self.check_every:
+            return False
+        return self._reference - buffer.log_likelihood_of(self._probe) > self.threshold
+
+    def _drawn(self, rows: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randperm(rows, generator=generator)[: self.probe_size].sort().values
+
+    def __repr__(self) -> str:
+        return f"OnDrift({self.threshold:g}, check_every={self.check_every}, probe_size={self.probe_size})"

@@ -49,6 +49,7 @@ class SingleClusterSampler:
         self.replacement = replacement
         self.size = 0
         self._partition: Partition | None = None
+        self._trajectories: tuple[Tensor, Tensor] | None = None
         self._everything = torch.empty(0, dtype=torch.int64)  # the walk over all rows, before any clustering
         self._ahead: deque[tuple[Tensor, int]] = deque()
         self._ahead_for = 0
@@ -88,13 +89,22 @@ class SingleClusterSampler:
                 self._label(self._partition, rows)
         self._forget_ahead()
 
-    def assign(self, responsibilities: Tensor, *, distances: Tensor | None = None) -> None:
+    def assign(
+        self,
+        responsibilities: Tensor,
+        *,
+        distances: Tensor | None = None,
+        trajectories: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         """Take a clustering of all rows.
 
         Args:
             responsibilities: [N, K], not negative, rows that sum to one; float32 or float64.
             distances: of each row to each cluster's mean, or any numbers in the order of those, [N, K], for rows that
                 dissolving leaves without a cluster. None: such rows take r_i = p.
+            trajectories: of each row the number of its trajectory and its place in the order of time, int64 [N] each.
+                Given, each cluster is drawn with the rest of each trajectory after its last member there, in proportion
+                to its size, and rows are not equally likely. For assignment="hard" with replacement.
         """
         check_responsibilities(responsibilities, self.size)
         r = torch.empty(responsibilities.shape[1], self.size, dtype=responsibilities.dtype)
@@ -105,6 +115,7 @@ class SingleClusterSampler:
             r[:, start : start + len(part)] = (part / part.sum(dim=1, keepdim=True)).T
         d = None if distances is None else distances.T.cpu().contiguous()
         self._partition = Partition(r, torch.arange(len(r)), d)
+        self._trajectories = trajectories
         if not self.replacement:
             self._partition.labels = torch.full((self.size,), -1)
             self._label(self._partition, torch.arange(self.size))
@@ -137,7 +148,7 @@ class SingleClusterSampler:
             Cluster ids [K'], responsibilities [N, K'] and probabilities [K'].
         """
         partition = self._partition_for(batch_size)
-        return partition.ids, partition.responsibilities(self.size), partition.p
+        return partition.ids, partition.responsibilities(self.size), partition.p / partition.p.sum()
 
     def _clustered(self) -> Partition:
         if self._partition is None:
@@ -152,7 +163,12 @@ class SingleClusterSampler:
             if float(sizes[smallest]) >= batch_size:
                 break
             partition = self._without(partition, smallest)
-        return partition
+        if self._trajectories is None:
+            return partition
+        if partition.tailed is None:
+            numbers, times = self._trajectories
+            partition.tailed = partition.with_tails(numbers, times)
+        return partition.tailed
 
     def _without(self, partition: Partition, z: int) -> Partition:
         """The partition without its z-th cluster, made once and then kept in step with it."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._checks import check_choice, check_number, fail, shape_of
 from ..critics import Critics, member_features, paired_gradients
-from ..memory import WHOLE_DEVICE
+from ..memory import floats_at_once
 from ..scaling import CHUNK_ROWS
 from ..transitions import Transitions
 
@@ -67,7 +67,8 @@ def decompose_cross_covariance(
     divisor = mass.clamp(min=torch.finfo(mass.dtype).tiny).unsqueeze(1)
     target_mean, mean = target_gradients.mean(dim=0), gradients.mean(dim=0)
     columns = (target_gradients, gradients, responsibilities)
-    size = CHUNK_ROWS if gradients.device.type == "cpu" else max(CHUNK_ROWS, WHOLE_DEVICE // gradients.shape[1])
+    width = gradients.shape[1]
+    size = max(1, floats_at_once(gradients.device, cached=CHUNK_ROWS * width) // width)
     # mu'_z and mu_z, [K, D]; deviations from the mean of all, which lose fewer digits
     target_means, means = torch.zeros(2, len(mass), gradients.shape[1], dtype=mean.dtype, device=mean.device)
     for target_part, part, r in zip(*(column.split(size) for column in columns)):

@@ -1,0 +1,68 @@
+"""Which trajectory each row of a ring belongs to, and what the published code's clusters take of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Trajectories:
+    """Numbers of trajectories, slot by slot of a ring, and the order in which rows came.
+
+    Args:
+        capacity: slots.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._numbers = torch.full((capacity,), -1)
+        self._times = torch.full((capacity,), -1)
+        self._written = 0
+        self._next = 0
+        self._open: dict[int, int] = {}  # of each environment that is under way; -1 is the one of `extend`
+
+    def extend(self, slots: Tensor, ends: Tensor) -> None:
+        """Rows one after the other, `ends` [M] where a trajectory's last is; the first goes on with what is open."""
+        number = self._open.pop(-1, self._next)
+        numbers = number + torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1].long().cumsum(dim=0)])
+        # The first may be an older trajectory; those that begin here have numbers of their own.
+        numbers = torch.where(numbers > number, numbers - number - 1 + max(self._next, number + 1), number)
+        self._next = max(self._next, int(numbers.max()) + 1)
+        if not bool(ends[-1]):
+            self._open[-1] = int(numbers[-1])
+        self._write(slots, numbers[len(numbers) - len(slots) :])
+
+    def add(self, slots: Tensor, ends: Tensor) -> None:
+        """One row of each environment, `ends` [E] where its trajectory ends."""
+        numbers = []
+        for environment, end in enumerate(ends.tolist()):
+            if environment not in self._open:
+                self._open[environment] = self._next
+                self._next += 1
+            numbers.append(self._open.pop(environment) if end else self._open[environment])
+        self._write(slots, torch.tensor(numbers)[len(numbers) - len(slots) :])
+
+    def _write(self, slots: Tensor, numbers: Tensor) -> None:
+        self._numbers[slots] = numbers
+        self._times[slots] = torch.arange(self._written, self._written + len(slots))
+        self._written += len(slots)
+
+    def of(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Numbers and times of the first `rows` slots, int64 each."""
+        return self._numbers[:rows], self._times[:rows]
+
+
+def with_tails(labels: Tensor, n_clusters: int, numbers: Tensor, times: Tensor) -> Tensor:
+    """Members [K, N] of clusters that also hold the rest of each trajectory after its last member there.
+
+    Args:
+        labels: of each row its cluster, -1 for none, [N].
+        n_clusters: K.
+        numbers, times: of each row its trajectory, and its place in the order of all rows, [N].
+    """
+    inverse = numbers.unique(return_inverse=True)[1]
+    last = torch.full((int(inverse.max()) + 1, n_clusters), torch.iinfo(torch.int64).max)
+    known = labels >= 0
+    last.view(-1).scatter_reduce_(
+        0, (inverse * n_clusters + labels)[known], times[known], reduce="amax", include_self=False
+    )
+    return torch.stack([(labels == z) | (times > last[:, z][inverse]) for z in range(n_clusters)])
