@@ -113,9 +113,7 @@ class ClusteredReplayBuffer:
                 fail(name, "a callable or None", repr(value))
         check_choice("assignment", assignment, ("soft", "hard"))
         if trajectory_tail and not replacement:
-            fail(
-                "trajectory_tail", "replacement=True, as a transition can be in several clusters", "replacement=False"
-            )
+            fail("trajectory_tail", "replacement=True, as a transition can be in several clusters", "replacement=False")
         check_choice("storage", storage, ("memory", "device"))
         if seed is not None:
             check_integer("seed", seed, minimum=0)

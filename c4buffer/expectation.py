@@ -12,7 +12,7 @@ from torch import Tensor
 from ._checks import check_finite
 from .collective import Group, gathered, total
 from .memory import floats_at_once
-from .scaling import column_scaling
+from .scaling import column_scaling, column_sums
 
 Covariance = Literal["full", "diag", "tied"]
 
@@ -61,7 +61,7 @@ class ExpectationMaximisation:
             mean, scale = column_scaling(X, process_group=process_group)
             self.scale: Tensor | None = scale.to(X.dtype)
         else:
-            mean = total(X.sum(dim=0, dtype=torch.float64), process_group) / self.rows
+            mean = total(column_sums(X), process_group) / self.rows
             self.scale = None
         self.origin = mean.to(X.dtype)
 
@@ -109,7 +109,7 @@ class ExpectationMaximisation:
 
     def maximise_from(self, responsibilities: Tensor, previous: Parameters | None = None) -> Parameters:
         """An M-step from given responsibilities [N, K], those of `previous` where there is one."""
-        mass = total(responsibilities.sum(dim=0, dtype=torch.float64), self.group)
+        mass = total(column_sums(responsibilities), self.group)
         sums = torch.zeros(len(mass), self.X.shape[1], dtype=torch.float64, device=self.X.device)
         for rows, chunk in self._chunks(1):
             sums += (responsibilities[rows].T @ chunk).double()

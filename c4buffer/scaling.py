@@ -15,7 +15,7 @@ def column_scaling(embeddings: Tensor, *, process_group: Group | None = None) ->
 
     With a process group, those of all its ranks' rows together.
     """
-    summed = embeddings.sum(dim=0, dtype=torch.float64)
+    summed = column_sums(embeddings)
     rows = summed.new_full((1,), len(embeddings))
     moments = total(torch.cat([summed, rows]), process_group)
     mean = moments[:-1] / moments[-1]
@@ -26,3 +26,11 @@ def column_scaling(embeddings: Tensor, *, process_group: Group | None = None) ->
     # Rounding leaves a constant column with a spread of about its own size times epsilon.
     constant = scale <= torch.finfo(embeddings.dtype).eps * mean.abs()
     return mean, torch.where(constant, torch.ones_like(scale), scale)
+
+
+def column_sums(values: Tensor) -> Tensor:
+    """[N, E] -> [E], in float64; in chunks, as torch would make a float64 copy of it all."""
+    sums = torch.zeros(values.shape[1], dtype=torch.float64, device=values.device)
+    for part in values.split(CHUNK_ROWS):
+        sums += part.sum(dim=0, dtype=torch.float64)
+    return sums

@@ -1,7 +1,8 @@
-"""Where transitions live: a ring of preallocated tensors."""
+"""Where transitions live: a ring of preallocated rows."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from .transitions import Transitions, map_observations, observation_leaves, with
 class RingStorage:
     """Up to `capacity` transitions on one device; the oldest are overwritten. Allocated by the first rows written.
 
+    All fields of one dtype share a row, so that a batch is one gather for each dtype.
+
     Args:
         capacity: rows.
         device: where the rows live.
@@ -24,7 +27,9 @@ class RingStorage:
         self.capacity = capacity
         self.device = device
         self.written = 0  # rows ever written; row j of them is in slot j % capacity
-        self._columns: dict[str, Any] = {}
+        self._rows: dict[torch.dtype, Tensor] = {}  # [capacity, floats of all fields]
+        self._widths: dict[torch.dtype, list[int]] = {}
+        self._columns: dict[str, Any] = {}  # views into the rows
 
     def __len__(self) -> int:
         return min(self.written, self.capacity)
@@ -41,8 +46,7 @@ class RingStorage:
         first = self.written + len(transitions) - len(kept)
         slots = torch.arange(first, first + len(kept)) % self.capacity
         if not self._columns:
-            for name, value in kept.columns():
-                self._columns[name] = _like(value, self.capacity, self.device)
+            self._allocate(kept)
         # At most two runs of consecutive slots: up to the end of the ring, and from its start.
         start = int(slots[0])
         head = min(len(kept), self.capacity - start)
@@ -66,10 +70,17 @@ class RingStorage:
     def gather(self, slots: Tensor, *, cluster: int = -1) -> Transitions:
         """Copies of the rows in `slots`, int64 [B]."""
         index = slots.to(self.device)
+        parts = {
+            dtype: iter(rows.index_select(0, index).split_with_sizes(self._widths[dtype], dim=1))
+            for dtype, rows in self._rows.items()
+        }
+
+        def take(leaf: Tensor) -> Tensor:
+            part = next(parts[leaf.dtype])
+            return part.squeeze(1) if leaf.ndim == 1 else part if leaf.ndim == 2 else part.unflatten(1, leaf.shape[1:])
+
         columns = {
-            name: value.index_select(0, index)
-            if isinstance(value, Tensor)
-            else map_observations(lambda leaf: leaf.index_select(0, index), value)
+            name: take(value) if isinstance(value, Tensor) else map_observations(take, value)
             for name, value in self._columns.items()
         }
         return Transitions.unchecked(columns, indices=index, cluster=cluster)
@@ -80,6 +91,23 @@ class RingStorage:
             name: map_observations(lambda leaf: leaf[start:stop], value) for name, value in self._columns.items()
         }
         return Transitions.unchecked(columns)
+
+    def _allocate(self, transitions: Transitions) -> None:
+        """Rows for transitions of this form, and the columns as views of them, in one order."""
+        for _, value in transitions.columns():
+            for leaf in observation_leaves(value):
+                self._widths.setdefault(leaf.dtype, []).append(math.prod(leaf.shape[1:]))
+        self._rows = {
+            dtype: torch.zeros(self.capacity, sum(widths), dtype=dtype, device=self.device)
+            for dtype, widths in self._widths.items()
+        }
+        views = {dtype: iter(self._rows[dtype].split(widths, dim=1)) for dtype, widths in self._widths.items()}
+
+        def view(leaf: Tensor) -> Tensor:
+            return next(views[leaf.dtype]).view(self.capacity, *leaf.shape[1:])
+
+        for name, value in transitions.columns():
+            self._columns[name] = map_observations(view, value)
 
     def _check_form(self, transitions: Transitions) -> None:
         for name, stored in self._columns.items():
@@ -104,7 +132,3 @@ def _form(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(_form(leaf) for leaf in value)
     return f"{list(value.shape[1:])} {value.dtype}"
-
-
-def _like(value: Any, capacity: int, device: torch.device) -> Any:
-    return map_observations(lambda leaf: torch.zeros(capacity, *leaf.shape[1:], dtype=leaf.dtype, device=device), value)
