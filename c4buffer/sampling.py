@@ -31,6 +31,10 @@ class SingleClusterSampler:
     n_z = (sum_i r_iz)^2 / sum_i r_iz^2 is under the batch size, that cluster is dropped and the rest renormalised in
     log space; a row that no remaining cluster explains goes to the nearest remaining mean.
 
+    Exact at any size that memory holds, to 1e8 rows and more. Memory: K responsibilities a row (4 K bytes in float32)
+    and K ranks (K bytes); 8 bytes a row for each cluster of a share below 1/16, which is drawn from a table of
+    cumulative weights; 16 bytes a row without replacement; the first two again, less a cluster, for each dissolved one.
+
     Args:
         generator: on the CPU; the only source of randomness. 53-bit uniforms, drawn ahead in blocks.
         assignment: "soft", or "hard": each row belongs to its arg-max cluster, p formed after that.

@@ -17,7 +17,7 @@ MakeCritic = Callable[..., nn.Module]
 # How long a case takes says how busy the machine is, nothing more.
 untimed = settings(deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("short", untimed, max_examples=30, stateful_step_count=20, derandomize=True)
-settings.register_profile("long", untimed, max_examples=1000, stateful_step_count=30)
+settings.register_profile("long", untimed, max_examples=600, stateful_step_count=30)
 settings.load_profile("short")  # or pytest --hypothesis-profile=long, which draws other cases each time
 
 

@@ -229,15 +229,16 @@ def test_no_row_is_drawn_with_a_cluster_in_which_it_has_no_share(
 
 @given(
     data=st.data(),
-    rows=st.integers(1, 30),
+    rows=st.integers(1, 40),
     dtype=dtypes,
     assignment=st.sampled_from(["soft", "hard"]),
     seed=seeds,
-    batch_size=st.integers(1, 40),
+    share=st.floats(0, 0.5),
 )
 def test_dissolving_leaves_clusters_that_fill_the_batch_with_the_shares_that_they_had(
-    data: st.DataObject, rows: int, dtype: torch.dtype, assignment: str, seed: int, batch_size: int
+    data: st.DataObject, rows: int, dtype: torch.dtype, assignment: str, seed: int, share: float
 ) -> None:
+    batch_size = 1 + int(share * rows)
     sampler = new_sampler(seed, assignment=assignment)
     sampler.extend(rows)
     whole = data.draw(shares(rows, dtype))

@@ -1,0 +1,149 @@
+"""The same answers on a GPU as on the processor; skipped where there is none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from c4buffer import (
+    ClusteredReplayBuffer,
+    CovariancePenalty,
+    Critics,
+    FaissClusterer,
+    GaussianMixture,
+    MixtureClusterer,
+    ReducedClusterer,
+    Transitions,
+    decompose_cross_covariance,
+    stacked_features,
+    stacked_gradients,
+)
+from c4buffer.clustering import ranks_of_means
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+class Q(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh())
+        self.last = nn.Linear(32, 1)
+
+    def features(self, observations: Tensor, actions: Tensor) -> Tensor:
+        return self.hidden(torch.cat([observations, actions], dim=1))
+
+    def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
+        return self.last(self.features(observations, actions))
+
+
+def critics_on(device: str) -> Critics:
+    torch.manual_seed(0)
+    networks = [Q().double() for _ in range(4)]
+    return Critics([q.to(device) for q in networks[:2]], [q.to(device) for q in networks[2:]])
+
+
+def transitions(rows: int = 3000) -> Transitions:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    terminals = (torch.rand(rows, generator=generator) < 0.05).double()
+    return Transitions(
+        observations=normal(rows, 6),
+        actions=normal(rows, 2),
+        rewards=normal(rows),
+        next_observations=normal(rows, 6),
+        terminals=terminals,
+    )
+
+
+def blobs(rows: int = 3000, columns: int = 12) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    centres = 6 * torch.randn(3, columns, generator=generator, dtype=torch.float64)
+    return centres[torch.arange(rows) % 3] + torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("embed", [stacked_gradients, stacked_features])
+def test_embeddings(embed: Any) -> None:
+    expected = embed(critics_on("cpu"), transitions())
+    found = embed(critics_on("cuda"), transitions().to("cuda"))
+    assert found.is_cuda
+    torch.testing.assert_close(found.cpu(), expected)
+
+
+@pytest.mark.parametrize("covariance", ["full", "diag", "tied"])
+@pytest.mark.parametrize("columns", [12, 150])
+def test_mixtures(covariance: Any, columns: int) -> None:
+    X = blobs(columns=columns)
+    mixture = GaussianMixture(3, covariance=covariance)
+    expected, found = mixture.fit(X), mixture.fit(X.cuda())
+    assert found.responsibilities.is_cuda
+    for name in ("weights", "means", "covariances", "responsibilities"):
+        torch.testing.assert_close(getattr(found, name).cpu(), getattr(expected, name), rtol=1e-8, atol=1e-8)
+    assert found.log_likelihood == pytest.approx(expected.log_likelihood)
+    warm = mixture.fit(X.cuda(), initial=found)
+    assert warm.log_likelihood >= found.log_likelihood - 1e-9
+
+
+def test_float32_far_from_zero() -> None:
+    X = (blobs(columns=40) + 1e4).float()
+    expected = GaussianMixture(3).fit(X.double())
+    found = GaussianMixture(3).fit(X.cuda())
+    torch.testing.assert_close(found.responsibilities.cpu().double(), expected.responsibilities, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "clusterer",
+    [
+        lambda: MixtureClusterer(3),
+        lambda: MixtureClusterer("auto", max_clusters=4),
+        lambda: ReducedClusterer(MixtureClusterer(3), max_dim=5),
+        lambda: ReducedClusterer(MixtureClusterer(3), max_dim=5, reduction="pca"),
+        lambda: FaissClusterer(3),
+    ],
+)
+def test_clusterers(clusterer: Any) -> None:
+    X = blobs()
+    expected, found = clusterer()(X, None), clusterer()(X.cuda(), None)
+    assert found.is_cuda
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_ranks_and_decomposition() -> None:
+    X = blobs()
+    r = MixtureClusterer(3)(X)
+    assert torch.equal(ranks_of_means(X.cuda(), r.cuda()).cpu(), ranks_of_means(X, r))
+    pair = X.chunk(2, dim=1)
+    expected = decompose_cross_covariance(pair[0], pair[1], r)
+    found = decompose_cross_covariance(pair[0].cuda(), pair[1].cuda(), r.cuda())
+    for part, other in zip(found, expected):
+        torch.testing.assert_close(part.cpu(), other)
+
+
+@pytest.mark.parametrize("scale", ["raw", "relative", "correlation"])
+def test_penalties(scale: Any) -> None:
+    gradients = []
+    for device in ("cpu", "cuda"):
+        critics = critics_on(device)
+        CovariancePenalty(0.1, scale=scale)(critics, transitions(256).to(device)).backward()
+        gradients.append([p.grad.cpu() for q in critics.critic for p in q.parameters() if p.grad is not None])
+    for found, expected in zip(*reversed(gradients)):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("storage", ["memory", "device"])
+def test_buffers(storage: Any) -> None:
+    batches = []
+    for device in ("cpu", "cuda"):
+        buffer = ClusteredReplayBuffer.from_transitions(transitions(), device=device, storage=storage, seed=0)
+        buffer.attach(critics_on(device))
+        batches.append([buffer.sample(256) for _ in range(5)])
+        assert batches[-1][0].observations.device.type == device
+    for expected, found in zip(*batches):
+        assert torch.equal(found.indices.cpu(), expected.indices)
+        assert found.cluster == expected.cluster
+        assert torch.equal(found.observations.cpu(), expected.observations)
