@@ -240,7 +240,7 @@ class _Created(TorchDispatchMode):
     """Counts the bytes of all that is computed; more than is ever held at once."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

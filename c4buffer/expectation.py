@@ -207,7 +207,7 @@ class ExpectationMaximisation:
         else:
             whitened = [differences[:, :, :b] @ whiten[:, :b, a:b] for a, b in _blocks(differences.shape[2])]
         parts = [torch.linalg.vector_norm(part, dim=2).square_().nan_to_num_(nan=far) for part in whitened]
-        squared = parts[0]
+        squared: Tensor = parts[0]
         for part in parts[1:]:
             squared += part
         return squared.clamp_(max=far)

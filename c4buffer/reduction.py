@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -74,7 +75,7 @@ class ReducedClusterer:
     def _random(self, embeddings: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
         directions = torch.randn(len(mean), self.max_dim, generator=generator, dtype=torch.float64)
-        return directions.to(mean.device) / self.max_dim**0.5
+        return directions.to(mean.device) / math.sqrt(self.max_dim)
 
     def _principal(self, embeddings: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
         correlation = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=mean.device)

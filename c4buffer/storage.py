@@ -104,7 +104,8 @@ class RingStorage:
         views = {dtype: iter(self._rows[dtype].split(widths, dim=1)) for dtype, widths in self._widths.items()}
 
         def view(leaf: Tensor) -> Tensor:
-            return next(views[leaf.dtype]).view(self.capacity, *leaf.shape[1:])
+            rows: Tensor = next(views[leaf.dtype])
+            return rows.view(self.capacity, *leaf.shape[1:])
 
         for name, value in transitions.columns():
             self._columns[name] = map_observations(view, value)
