@@ -323,19 +323,37 @@ def member_features(
     return features
 
 
-def paired_gradients(critics: Critics, batch: Transitions) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def paired_gradients(
+    critics: Critics, batch: Transitions, *, values: Sequence[Tensor] | None = None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """For each ensemble member: Q_target(x') [B], g' [B, D] (both detached, g' masked), and g [B, D] with its graph.
 
+    Args:
+        values: each member's Q at (s, a), [B] or [B, 1], where it is known already: computed from the batch's own
+            observations and actions, which require gradients.
+
     Raises:
-        ValueError: if critic and target have different numbers of members.
+        ValueError: if critic and target have different numbers of members; for values without such a graph.
     """
     next_values, target_g = _member_gradients(critics.target, *critics.next_inputs(batch), name="target")
-    _, g = _member_gradients(critics.critic, *critics.inputs(batch), name="critic", create_graph=True)
+    if values is None:
+        _, g = _member_gradients(critics.critic, *critics.inputs(batch), name="critic", create_graph=True)
+    else:
+        g = _gradients_of_values(batch, values)
     if len(g) != len(target_g):
         fail("target", f"as many members as the critic has, {len(g)}", len(target_g))
     alive = (1 - batch.terminals.to(g[0])).unsqueeze(1)
     for value, target_gradient, gradient in zip(next_values, target_g, g):
         yield value.detach(), target_gradient * alive, gradient
+
+
+def _gradients_of_values(batch: Transitions, values: Sequence[Tensor]) -> list[Tensor]:
+    leaves = observation_leaves(batch.observations)
+    if batch.actions.is_floating_point():
+        leaves = [*leaves, batch.actions]
+    if not all(leaf.requires_grad for leaf in leaves):
+        fail("values", "observations and actions that require gradients, from which they were computed", "others")
+    return [torch.cat(flat_gradients([value], leaves, create_graph=True, name="values"), dim=1) for value in values]
 
 
 def _member_gradients(

@@ -25,11 +25,20 @@ LOG_2PI = math.log(2 * math.pi)
 
 
 class Parameters(NamedTuple):
-    """p [K], mu [K, E] and Omega ([K, E, E], [K, E] for diag, [E, E] for tied), float64, in units of the pass."""
+    """p [K], mu [K, E] and Omega ([K, E, E], [K, E] for diag, [E, E] for tied), float64, in units of the pass.
+
+    Of covariance matrices, only the lower triangle is meant.
+    """
 
     weights: Tensor
     means: Tensor
     covariances: Tensor
+
+    def whole_covariances(self, covariance: Covariance) -> Tensor:
+        """Omega with its upper triangle."""
+        if covariance == "diag":
+            return self.covariances
+        return self.covariances.tril() + self.covariances.tril(-1).mT
 
 
 class ExpectationMaximisation:
@@ -244,7 +253,7 @@ class _Moments(NamedTuple):
     def add(self, responsibilities: Tensor, differences: Tensor) -> None:
         """Add a chunk: responsibilities [K, n] and differences to the centres [K, n, E].
 
-        With many columns, only the lower triangle of `second`: see `over`.
+        With many columns, only the lower triangle of `second`: the Cholesky factor needs no more.
         """
         weighted = differences * responsibilities.unsqueeze(2)
         self.mass.add_(responsibilities.sum(dim=1, dtype=torch.float64))
@@ -258,11 +267,8 @@ class _Moments(NamedTuple):
                 self.second[:, a:b, :b].add_(weighted[:, :, a:b].mT @ differences[:, :, :b])
 
     def over(self, group: Group | None) -> _Moments:
-        """Whole moments, those of all ranks together."""
-        mass, first, second = (total(moment, group) for moment in self)
-        if second.ndim == 3 and second.shape[2] >= BLOCKS_FROM:
-            second = second.tril() + second.tril(-1).mT
-        return _Moments(mass, first, second)
+        """Those of all ranks together."""
+        return _Moments(*(total(moment, group) for moment in self))
 
 
 def _blocks(columns: int) -> Iterator[tuple[int, int]]:

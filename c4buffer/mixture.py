@@ -193,7 +193,7 @@ class GaussianMixture:
         found = MixtureResult(
             weights=parameters.weights,
             means=parameters.means,
-            covariances=parameters.covariances,
+            covariances=parameters.whole_covariances(self.covariance),
             responsibilities=responsibilities,
             log_likelihood=log_likelihood,
             iterations=iterations,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ._checks import check_choice, check_finite, check_integer, fail
 from .clustering import Clusterer
+from .collective import from_first, total
 from .scaling import CHUNK_ROWS, column_scaling
 
 Reduction = Literal["projection", "pca"]
@@ -22,7 +23,8 @@ class ReducedClusterer:
     estimate and costs N E^2 in each step, which is too much of both for the features of wide networks.
 
     Args:
-        clusterer: what clusters the reduced embeddings [N, max_dim].
+        clusterer: what clusters the reduced embeddings [N, max_dim]. If it has a `process_group`, the embeddings are
+            standardised and reduced alike on all its ranks.
         max_dim: M, at least 1.
         reduction: "projection": Gaussian random directions, which keep distances to about 1 / sqrt(M); "pca": the M
             directions of the largest variance.
@@ -39,7 +41,8 @@ class ReducedClusterer:
         check_choice("reduction", reduction, ("projection", "pca"))
         self.reduction: Reduction = reduction
         self.seed = check_integer("seed", seed, minimum=0)
-        self._map: tuple[Tensor, Tensor] | None = None  # y = (x - origin) @ directions, as of the last call
+        # (mean, scale, directions) of y = (x - mean) / scale @ directions, as of the last call
+        self._map: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def mixture(self) -> Any:
@@ -49,38 +52,43 @@ class ReducedClusterer:
     def __call__(self, embeddings: Tensor, previous: Tensor | None = None) -> Tensor:
         """Responsibilities [N, K] of the rows of embeddings [N, E]."""
         if embeddings.ndim != 2 or embeddings.shape[1] <= self.max_dim:
-            self._map = None
-            return self.clusterer(embeddings, previous)
-        check_finite("embeddings", embeddings)
-        mean, scale = column_scaling(embeddings)
-        directions = (self._random if self.reduction == "projection" else self._principal)(embeddings, mean, scale)
-        self._map = (mean.to(embeddings), (directions / scale.unsqueeze(1)).to(embeddings))
-        return self.clusterer(self._reduced(embeddings), previous)
+            reduction, reduced = None, embeddings
+        else:
+            check_finite("embeddings", embeddings)
+            reduction = self._found(embeddings)
+            reduced = _reduced(embeddings, *reduction)
+        responsibilities = self.clusterer(reduced, previous)
+        self._map = reduction  # not before: a clusterer that fails keeps the mixture that it had
+        return responsibilities
 
     def log_likelihood_of(self, embeddings: Tensor) -> float:
         """Mean over rows [M, E], reduced as in the last call, of what the inner clusterer says of them."""
         if not hasattr(self.clusterer, "log_likelihood_of"):
             fail("clusterer", "one with log_likelihood_of(embeddings)", type(self.clusterer).__name__)
-        return float(self.clusterer.log_likelihood_of(self._reduced(embeddings)))
+        reduced = embeddings if self._map is None else _reduced(embeddings, *self._map)
+        return float(self.clusterer.log_likelihood_of(reduced))
 
-    def _reduced(self, embeddings: Tensor) -> Tensor:
-        if self._map is None:
-            return embeddings
-        origin, directions = self._map
-        reduced = embeddings.new_empty(len(embeddings), self.max_dim)
-        for part, target in zip(embeddings.split(CHUNK_ROWS), reduced.split(CHUNK_ROWS)):
-            torch.mm(part - origin, directions, out=target)
-        return reduced
+    def _found(self, embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and scale [E], and directions [E, M], for these embeddings."""
+        group = getattr(self.clusterer, "process_group", None)
+        mean, scale = column_scaling(embeddings, process_group=group)
+        if self.reduction == "projection":
+            generator = torch.Generator().manual_seed(self.seed)
+            normal = torch.randn(len(mean), self.max_dim, generator=generator, dtype=torch.float64)
+            directions = normal / math.sqrt(self.max_dim)
+        else:
+            scatter = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=mean.device)
+            for part in embeddings.split(CHUNK_ROWS):
+                standardised = ((part.double() - mean) / scale).to(embeddings)
+                scatter += (standardised.T @ standardised).double()
+            vectors = torch.linalg.eigh(total(scatter, group))[1]  # of rising eigenvalues
+            directions = from_first(vectors[:, -self.max_dim :], group)
+        return mean.to(embeddings), scale.to(embeddings), directions.to(embeddings)
 
-    def _random(self, embeddings: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed)
-        directions = torch.randn(len(mean), self.max_dim, generator=generator, dtype=torch.float64)
-        return directions.to(mean.device) / math.sqrt(self.max_dim)
 
-    def _principal(self, embeddings: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-        correlation = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=mean.device)
-        for part in embeddings.split(CHUNK_ROWS):
-            standardised = ((part.double() - mean) / scale).to(embeddings)
-            correlation += (standardised.T @ standardised).double()
-        vectors: Tensor = torch.linalg.eigh(correlation / len(embeddings))[1]
-        return vectors[:, -self.max_dim :]
+def _reduced(embeddings: Tensor, mean: Tensor, scale: Tensor, directions: Tensor) -> Tensor:
+    """[N, E] -> [N, M]."""
+    reduced = embeddings.new_empty(len(embeddings), directions.shape[1])
+    for part, target in zip(embeddings.split(CHUNK_ROWS), reduced.split(CHUNK_ROWS)):
+        torch.mm((part - mean).div_(scale), directions, out=target)
+    return reduced

@@ -42,9 +42,10 @@ class Every:
 class OnDrift:
     """Cluster when the clustering no longer describes what the critics have become.
 
-    A probe set of transitions is drawn once. After each refresh the mean log-likelihood of its embeddings under the
-    new mixture is noted; when, later, fresh embeddings of the same transitions are less likely by more than the
-    threshold, it is time. Rescaled gradients count as drift, as they should: the clusters' shares change with them.
+    A probe set of transitions is drawn once, or at each refresh while the buffer holds too few. After each refresh the
+    mean log-likelihood of its embeddings under the new mixture is noted; when, later, fresh embeddings of the same
+    transitions are less likely by more than the threshold, it is time. Rescaled gradients count as drift, as they
+    should: the clusters' shares change with them.
 
     One policy serves one buffer; given to another, it starts anew.
 
@@ -70,12 +71,14 @@ class OnDrift:
         report = buffer.last_report
         if report is None or not buffer.clustered:
             return True
-        if self._buffer is None or self._buffer() is not buffer or len(self._probe) < min(self.probe_size, len(buffer)):
+        if self._buffer is None or self._buffer() is not buffer:
             self._buffer, self._report = weakref.ref(buffer), None
-            self._probe = self._drawn(len(buffer))
+            self._probe = torch.empty(0, dtype=torch.int64)
         if report is not self._report:
-            self._report = report
+            if len(self._probe) < min(self.probe_size, len(buffer)):
+                self._probe = self._drawn(len(buffer))
             self._reference = buffer.log_likelihood_of(self._probe)
+            self._report = report
             return False
         if step % self.check_every:
             return False

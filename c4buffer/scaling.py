@@ -25,6 +25,7 @@ def column_scaling(embeddings: Tensor, *, process_group: Group | None = None) ->
     scale = (total(squares, process_group) / moments[-1]).sqrt()
     # Rounding leaves a constant column with a spread of about its own size times epsilon.
     constant = scale <= torch.finfo(embeddings.dtype).eps * mean.abs()
+    constant |= scale.to(embeddings.dtype) == 0  # or nothing could be divided by it
     return mean, torch.where(constant, torch.ones_like(scale), scale)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from c4buffer import Critics, Transitions
+from c4buffer import CovariancePenalty, Critics, Transitions
 from c4buffer.critics import paired_gradients
 
 
@@ -78,19 +78,15 @@ GRIDS = {
 }
 
 
-class GradientNormPenalty:
+class GradientNormPenalty(CovariancePenalty):
     """The control: weight * mean |g|^2 / tr Sigma * Var_B(Q_target(x')), summed over members, the last two detached."""
 
-    def __init__(self, weight: float) -> None:
-        self.weight = weight
-
-    def __call__(self, critics: Critics, batch: Transitions) -> Tensor:
-        with critics.evaluating():
-            terms = []
-            for next_q, _, g in paired_gradients(critics, batch):
-                trace = g.detach().var(dim=0).sum().clamp(min=torch.finfo(g.dtype).tiny)
-                terms.append(g.square().sum(dim=1).mean() / trace * next_q.var())
-            return self.weight * torch.stack(terms).sum()
+    def _gradient(self, critics: Critics, batch: Transitions, values: Sequence[Tensor] | None) -> Tensor:
+        terms = []
+        for next_q, _, g in paired_gradients(critics, batch, values=values):
+            trace = g.detach().var(dim=0).sum().clamp(min=torch.finfo(g.dtype).tiny)
+            terms.append(g.square().sum(dim=1).mean() / trace * next_q.var())
+        return self.weight * torch.stack(terms).sum()
 
 
 def random_partition(n_clusters: int, seed: int) -> Callable[[Tensor, Tensor | None], Tensor]:

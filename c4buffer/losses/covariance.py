@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Literal
 
@@ -134,28 +134,37 @@ class CovariancePenalty:
         self.scale = scale
         self.kind = kind
 
-    def __call__(self, critics: Critics, batch: Transitions) -> Tensor:
+    def __call__(self, critics: Critics, batch: Transitions, *, values: Sequence[Tensor] | None = None) -> Tensor:
         """The penalty on one batch, a scalar with a graph to the critic's parameters.
+
+        Args:
+            critics: the critic and its target.
+            batch: B transitions.
+            values: for kind="gradient", each ensemble member's Q at (s, a), [B] or [B, 1], when the TD loss has
+                computed it from the batch's observations and actions, and these require gradients: saves the critic's
+                forward pass and a part of the backward pass. Of networks without dropout and batch statistics.
 
         Raises:
             ValueError: for critics of the wrong form (see `Critics`), and for gradients of fewer than two transitions.
         """
+        if values is not None and self.kind == "feature":
+            fail("values", "None for kind='feature', which does not use them", "values")
         if torch.compiler.is_compiling():
             # AOT autograd has no second derivatives: in a compiled loss the penalty runs eagerly.
-            evaluate: Callable[[Critics, Transitions], Tensor] = torch.compiler.disable(self._evaluate)
-            return evaluate(critics, batch)
-        return self._evaluate(critics, batch)
+            evaluate: Callable[..., Tensor] = torch.compiler.disable(self._evaluate)
+            return evaluate(critics, batch, values)
+        return self._evaluate(critics, batch, values)
 
-    def _evaluate(self, critics: Critics, batch: Transitions) -> Tensor:
+    def _evaluate(self, critics: Critics, batch: Transitions, values: Sequence[Tensor] | None) -> Tensor:
         # Critics that are compiled themselves run eagerly too. Where nobody compiles, the compiler is not imported.
         eagerly = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
         with critics.evaluating(), eagerly:
-            return self._feature(critics, batch) if self.kind == "feature" else self._gradient(critics, batch)
+            return self._feature(critics, batch) if self.kind == "feature" else self._gradient(critics, batch, values)
 
-    def _gradient(self, critics: Critics, batch: Transitions) -> Tensor:
+    def _gradient(self, critics: Critics, batch: Transitions, values: Sequence[Tensor] | None) -> Tensor:
         if len(batch) < 2:
             fail("batch", "at least two transitions, or there is no covariance", len(batch))
-        terms = [self._term(*pair) for pair in paired_gradients(critics, batch)]
+        terms = [self._term(*pair) for pair in paired_gradients(critics, batch, values=values)]
         return self.weight * torch.stack(terms).sum()
 
     def _term(self, next_q: Tensor, target_g: Tensor, g: Tensor) -> Tensor:

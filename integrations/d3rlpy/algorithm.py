@@ -31,6 +31,7 @@ from c4buffer._checks import fail
 from .config import C4Config
 from .dataset import from_mini_batch, to_mini_batch, transitions_of
 from .reading import critics_of_impl
+from .sharing import can_be_shared, differentiable, values_kept
 
 SUPPORTED = (DDPG, TD3, TD3PlusBC, ReBRAC, SAC, AWAC, CQL, IQL)
 WITHOUT_CRITIC = (BC, DiscreteBC, RandomPolicy, DiscreteRandomPolicy)
@@ -159,13 +160,15 @@ class C4Impl(QLearningAlgoImplBase):
 
     Attributes:
         c4_critics: the networks as Critics.
-        c4_penalty: `(critics, batch) -> scalar` with a `weight`; may be replaced after the networks are built.
+        c4_penalty: `(critics, batch) -> scalar` with a `weight`; may be replaced after the networks are built. A
+            CovariancePenalty of gradients also gets the TD loss's values, where the networks allow it.
     """
 
     c4_critics: Critics
     c4_penalty: Any
     _c4_every: int
     _c4_due: bool
+    _c4_shares: bool
 
     def inner_update(self, batch: TorchMiniBatch, grad_step: int) -> dict[str, float]:
         self._c4_due = self.c4_penalty.weight > 0 and grad_step % self._c4_every == 0
@@ -173,10 +176,18 @@ class C4Impl(QLearningAlgoImplBase):
         return metrics
 
     def compute_critic_loss(self, batch: TorchMiniBatch, q_tpn: torch.Tensor) -> Any:
-        loss = super().compute_critic_loss(batch, q_tpn)
         if not self._c4_due:
-            return loss
-        penalty = self.c4_penalty(self.c4_critics, from_mini_batch(batch))
+            return super().compute_critic_loss(batch, q_tpn)
+        options: dict[str, Any] = {}
+        if self._c4_shares and isinstance(self.c4_penalty, CovariancePenalty) and self.c4_penalty.kind == "gradient":
+            batch = differentiable(batch)
+            with values_kept(self.modules.q_funcs, batch) as values:
+                loss = super().compute_critic_loss(batch, q_tpn)
+            if len(values) == len(self.modules.q_funcs):
+                options["values"] = values
+        else:
+            loss = super().compute_critic_loss(batch, q_tpn)
+        penalty = self.c4_penalty(self.c4_critics, from_mini_batch(batch), **options)
         parts = {field.name: getattr(loss, field.name) for field in dataclasses.fields(loss)}
         parts["critic_loss"] = loss.critic_loss + self._c4_every * penalty
         return _loss_class(loss.__class__)(**parts, c4_penalty=penalty.detach())
@@ -190,6 +201,7 @@ def _arm_impl(impl: Any, config: C4Config) -> None:
     impl.c4_penalty = CovariancePenalty(config.penalty_weight, trace_weight=config.trace_weight, scale=scale, kind=kind)
     impl._c4_every = config.penalty_every
     impl._c4_due = False
+    impl._c4_shares = can_be_shared(impl.modules.q_funcs)
 
 
 @functools.cache
