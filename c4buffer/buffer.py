@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, Union
 
 import torch
 from torch import Tensor
 
 from ._checks import check_choice, check_finite, check_integer, fail, shape_of
+from .checkpoint import load, save
 from .clustering import Clusterer, MixtureClusterer, ranks_of_means
 from .critics import CHUNK_ROWS, PROBE_ROWS, Critics, rows_for, stacked_features, stacked_gradients
 from .losses.covariance import decompose_cross_covariance
 from .mixture import MixtureResult
 from .partition import check_responsibilities
 from .reduction import ReducedClusterer, Reduction
-from .refresh import RefreshPolicy
+from .refresh import Every, OnDrift, RefreshPolicy
 from .sampling import SingleClusterSampler
 from .storage import RingStorage
 from .trajectories import Trajectories
 from .transitions import Observations, Transitions
 
 Embedding = Callable[[Critics, Transitions], Tensor]
+OWN = "the caller's own"  # of an option, in a checkpoint: a callable that no file can hold
+POLICIES = {"Every": Every, "OnDrift": OnDrift}
+# those that the state's meaning depends on
+SAME_OPTIONS = (
+    *("capacity", "n_clusters", "embedding", "max_dim", "reduction"),
+    *("assignment", "replacement", "trajectory_tail"),
+)
 EMBEDDINGS: dict[str, Embedding] = {"gradients": stacked_gradients, "features": stacked_features}
 
 
@@ -121,21 +130,38 @@ class ClusteredReplayBuffer:
         self.capacity = capacity
         self.n_clusters = n_clusters
         self.device = torch.device(device)
-        generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
+        self._generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
         self._fewest_rows = n_clusters if clusterer is None and isinstance(n_clusters, int) else 1
-        clusterer = clusterer or MixtureClusterer(n_clusters, generator=generator, warm_start=False)
+        own_clusterer = clusterer is not None
+        clusterer = clusterer or MixtureClusterer(n_clusters, generator=self._generator, warm_start=False)
         self._clusterer = ReducedClusterer(clusterer, max_dim=max_dim, reduction=reduction)
         self._embedding = embedding
         self._refresh_policy = refresh
-        self._storage = RingStorage(capacity, device=self.device if storage == "device" else torch.device("cpu"))
+        self._storage = self._new_storage(storage)
         self._trajectories = Trajectories(capacity) if trajectory_tail else None
         assignment = "hard" if trajectory_tail else assignment
-        self._sampler = SingleClusterSampler(generator=generator, assignment=assignment, replacement=replacement)
+        self._sampler = SingleClusterSampler(generator=self._generator, assignment=assignment, replacement=replacement)
         self._critics: Critics | None = None
         self._batches = 0
         self._next_refresh = 0  # the batch before which one is due, where no policy was given
         self._last_report: RefreshReport | None = None
         self._last_rows: dict[int, int] = {}  # of each environment: its last row, while that waits for its next action
+        self._options = {
+            "capacity": capacity,
+            "n_clusters": n_clusters,
+            "embedding": embedding if isinstance(embedding, str) else OWN,
+            "refresh": _outline_of(refresh),
+            "clusterer": OWN if own_clusterer else None,
+            "max_dim": max_dim,
+            "reduction": reduction,
+            "assignment": assignment,
+            "replacement": replacement,
+            "trajectory_tail": trajectory_tail,
+            "storage": storage,
+        }
+
+    def _new_storage(self, storage: str) -> RingStorage:
+        return RingStorage(self.capacity, device=self.device if storage == "device" else torch.device("cpu"))
 
     @classmethod
     def from_transitions(cls, transitions: Transitions, **options: Any) -> ClusteredReplayBuffer:
@@ -294,6 +320,103 @@ class ClusteredReplayBuffer:
         embeddings = self._embed(critics, len(rows), lambda start, stop: self._storage.gather(rows[start:stop]))
         return self._clusterer.log_likelihood_of(embeddings)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the batches to come depend on but the critics: transitions, clusters, generator, counters.
+
+        Nested dicts, lists and tuples of tensors and plain values. The tensors are the buffer's own: copy them, or save
+        them, before it changes.
+        """
+        policy, report = self._refresh_policy, self._last_report
+        return {
+            "options": dict(self._options),
+            "storage": self._storage.state(),
+            "sampler": self._sampler.state(),
+            "clusterer": self._clusterer.state_dict(),
+            "trajectories": None if self._trajectories is None else self._trajectories.state(),
+            "policy": policy.state_dict() if isinstance(policy, OnDrift) else None,
+            "batches": self._batches,
+            "next_refresh": self._next_refresh,
+            "report": None if report is None else asdict(report),
+            "last_rows": [[environment, row] for environment, row in self._last_rows.items()],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the buffer that gave `state` was, batch for batch; on any device. Attach the critics again.
+
+        Raises:
+            ValueError: for a state of another form, or of a buffer of other options; this one is unchanged then.
+        """
+        try:
+            self._restore(state)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+            fail("state", "what state_dict gave", f"{type(error).__name__}: {error}")
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        for name in SAME_OPTIONS:
+            if state["options"][name] != self._options[name]:
+                fail(name, f"{state['options'][name]!r}, as in the state", repr(self._options[name]))
+        storage = self._new_storage(self._options["storage"])
+        storage.restore(state["storage"])
+        sampler = SingleClusterSampler(
+            generator=torch.Generator(), assignment=self._sampler.assignment, replacement=self._sampler.replacement
+        )
+        sampler.restore(state["sampler"])
+        if sampler.size != len(storage):
+            fail("state", f"clusters of the {len(storage)} transitions held", sampler.size)
+        trajectories = None if self._trajectories is None else Trajectories(self.capacity)
+        if trajectories is not None:
+            trajectories.restore(state["trajectories"])
+        report = None if state["report"] is None else RefreshReport(**state["report"])
+        last_rows = {int(environment): int(row) for environment, row in state["last_rows"]}
+        batches, next_refresh = int(state["batches"]), int(state["next_refresh"])
+        before = self._clusterer.state_dict()
+        try:
+            self._clusterer.load_state_dict(_on(self.device, state["clusterer"]))
+        except Exception:
+            self._clusterer.load_state_dict(before)
+            raise
+        self._generator.set_state(sampler.generator.get_state())  # the clusterer draws from it, too
+        sampler.generator = self._generator
+        self._storage, self._sampler, self._trajectories = storage, sampler, trajectories
+        self._batches, self._next_refresh, self._last_report, self._last_rows = batches, next_refresh, report, last_rows
+        if isinstance(self._refresh_policy, OnDrift) and state["policy"] is not None:
+            self._refresh_policy.load_state_dict(state["policy"], self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `state_dict` to one file, atomically: when that fails, the file that was there is whole.
+
+        Raises:
+            OSError: when the file can not be written.
+        """
+        save(path, "ClusteredReplayBuffer", self.state_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], **options: Any) -> ClusteredReplayBuffer:
+        """The buffer that was saved to `path`. Nothing in the file is run.
+
+        Args:
+            path: what `save` wrote.
+            options: those to change: `device`, `storage`; and those that no file can hold, when the buffer had its own:
+                `embedding`, `clusterer`, `refresh`.
+
+        Raises:
+            OSError: without such a file.
+            ValueError: for a file that is damaged, foreign or of another version; for an option that must be given.
+        """
+        state = load(path, "ClusteredReplayBuffer")
+        try:
+            saved = dict(state["options"])
+            for name in ("embedding", "clusterer", "refresh"):
+                if saved[name] == OWN and name not in options:
+                    fail(name, "to be given, as the saved buffer had its own", "nothing")
+            if isinstance(saved["refresh"], dict) and "refresh" not in options:
+                saved["refresh"] = POLICIES[saved["refresh"]["policy"]](**saved["refresh"]["options"])
+            buffer = cls(**{**saved, **options})
+        except (AttributeError, KeyError, TypeError) as error:
+            fail("path", "the state of a buffer", f"{path}: {error}")
+        buffer.load_state_dict(state)
+        return buffer
+
     @property
     def clustered(self) -> bool:
         """Whether there are clusters to draw from: after the first refresh, until every row has been overwritten."""
@@ -372,3 +495,22 @@ def map_leaves(function: Callable[[Any], Tensor], observations: Any) -> Observat
     if isinstance(observations, tuple):
         return tuple(function(value) for value in observations)
     return function(observations)
+
+
+def _outline_of(policy: RefreshPolicy | None) -> Any:
+    """A refresh policy in plain values; OWN for one that is not ours."""
+    for name, known in POLICIES.items():
+        if type(policy) is known:
+            return {"policy": name, "options": policy.options()}
+    return None if policy is None else OWN
+
+
+def _on(device: torch.device, state: Any) -> Any:
+    """The same state with its tensors on `device`."""
+    if isinstance(state, Tensor):
+        return state.to(device)
+    if isinstance(state, dict):
+        return {key: _on(device, value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(_on(device, value) for value in state)
+    return state

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, Protocol
+from dataclasses import fields
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -109,6 +110,16 @@ class MixtureClusterer:
         assert best is not None
         self.mixture = best
         return best.responsibilities
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last mixture, which warm starts and `log_likelihood_of` need."""
+        if self.mixture is None:
+            return {"mixture": None}
+        return {"mixture": {field.name: getattr(self.mixture, field.name) for field in fields(self.mixture)}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what `state_dict` gave."""
+        self.mixture = None if state["mixture"] is None else MixtureResult(**state["mixture"])
 
     def log_likelihood_of(self, embeddings: Tensor) -> float:
         """Mean over rows [M, E] of their log-likelihood under the last mixture; `OnDrift` asks for it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,55 @@ class Partition:
         self.tailed: Partition | None = None
         self._tables: dict[int, Tensor] = {}
         self._count()
+
+    def state(self, size: int) -> dict[str, Any]:
+        """All that drawing depends on, for a checkpoint of `size` rows."""
+        return {
+            "r": self.r[:, :size],
+            "ids": self.ids,
+            "distances": self.distances,
+            "labels": self.labels,
+            "walks": list(self.walks),
+            "assigned": self.assigned,
+            "sums": self.sums,
+            "squares": self.squares,
+            "counted": self.counted,
+            "dissolved": [[z, child.state(size)] for z, child in self.dissolved.items()],
+            "tailed": None if self.tailed is None else self.tailed.state(size),
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], size: int) -> Partition:
+        """What `state` gave for `size` rows, on memory of its own.
+
+        Raises:
+            ValueError: if its parts do not fit each other.
+        """
+
+        def own(value: Any) -> Any:
+            return None if value is None else value.clone(memory_format=torch.contiguous_format)
+
+        clusters = len(state["ids"])
+        shapes = {"r": (clusters, size), "labels": (size,), "sums": (clusters,), "squares": (clusters,)}
+        for name, shape in {**shapes, "counted": (clusters,)}.items():
+            if state[name] is not None and state[name].shape != shape:
+                fail(name, f"a shape of {list(shape)}", shape_of(state[name]))
+        known = state["distances"]
+        if known is not None and (known.ndim != 2 or len(known) != clusters or known.shape[1] > size):
+            fail("distances", f"a shape of [{clusters}, at most {size}]", shape_of(known))
+        if len(state["walks"]) != clusters or clusters == 0:
+            fail("walks", f"one for each of {clusters} clusters, at least one", len(state["walks"]))
+        for rows in state["walks"]:
+            check_rows("walks", rows, size)
+        partition = cls(own(state["r"]), own(state["ids"]), own(state["distances"]))
+        partition.labels = own(state["labels"])
+        partition.walks = [own(walk) for walk in state["walks"]]
+        partition.assigned = state["assigned"]
+        partition.sums, partition.squares, partition.counted = (own(state[n]) for n in ("sums", "squares", "counted"))
+        partition.dissolved = {z: cls.from_state(child, size) for z, child in state["dissolved"]}
+        partition.tailed = None if state["tailed"] is None else cls.from_state(state["tailed"], size)
+        partition._changed()
+        return partition
 
     def _count(self) -> None:
         """Sums over the assigned rows, anew."""
@@ -166,3 +217,11 @@ def check_responsibilities(responsibilities: object, rows: int) -> None:
     if lowest < 0 or miss > 1e-3:
         got = f"{lowest:g}" if lowest < 0 else f"rows that miss it by {miss:g}"
         fail("responsibilities", "values from 0, rows that sum to one", got)
+
+
+def check_rows(argument: str, rows: Tensor, size: int) -> None:
+    """Indices of `size` rows: int64 [M]."""
+    if rows.dtype != torch.int64 or rows.ndim != 1:
+        fail(argument, "int64 indices [M]", f"{rows.dtype} {shape_of(rows)}")
+    if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < size):
+        fail(argument, f"indices of {size} rows", f"{int(rows.min())} to {int(rows.max())}")

@@ -68,6 +68,17 @@ class ReducedClusterer:
         reduced = embeddings if self._map is None else _reduced(embeddings, *self._map)
         return float(self.clusterer.log_likelihood_of(reduced))
 
+    def state_dict(self) -> dict[str, Any]:
+        """The map of the last call, and the inner clusterer's state where it has one."""
+        inner = self.clusterer.state_dict() if hasattr(self.clusterer, "state_dict") else None
+        return {"map": self._map, "clusterer": inner}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what `state_dict` gave."""
+        if state["clusterer"] is not None and hasattr(self.clusterer, "load_state_dict"):
+            self.clusterer.load_state_dict(state["clusterer"])
+        self._map = state["map"]
+
     def _found(self, embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and scale [E], and directions [E, M], for these embeddings."""
         group = getattr(self.clusterer, "process_group", None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +34,10 @@ class Every:
 
     def __call__(self, step: int, buffer: ClusteredReplayBuffer) -> bool:
         return step % self.n == 0
+
+    def options(self) -> dict[str, Any]:
+        """What another one like this is made of."""
+        return {"n": self.n}
 
     def __repr__(self) -> str:
         return f"Every({self.n})"
@@ -83,6 +87,20 @@ class OnDrift:
         if step % self.check_every:
             return False
         return self._reference - buffer.log_likelihood_of(self._probe) > self.threshold
+
+    def options(self) -> dict[str, Any]:
+        """What another one like this is made of."""
+        names = ("threshold", "check_every", "probe_size", "seed")
+        return {name: getattr(self, name) for name in names}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The probe set and its likelihood after the last refresh."""
+        return {"probe": self._probe, "reference": self._reference, "compared": self._report is not None}
+
+    def load_state_dict(self, state: dict[str, Any], buffer: ClusteredReplayBuffer) -> None:
+        """Take what `state_dict` gave, for `buffer` as it is now."""
+        self._buffer, self._probe, self._reference = weakref.ref(buffer), state["probe"].clone(), state["reference"]
+        self._report = buffer.last_report if state["compared"] else None
 
     def _drawn(self, rows: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)

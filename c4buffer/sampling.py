@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ._checks import check_integer, fail
-from .partition import BLOCK_ROWS, Partition, check_responsibilities
+from .partition import BLOCK_ROWS, Partition, check_responsibilities, check_rows
 
 BLOCK_INDICES = 1 << 14  # drawn ahead at most, and at most BLOCK_BATCHES batches
 BLOCK_BATCHES = 64
@@ -124,6 +124,39 @@ class SingleClusterSampler:
             self._partition.labels = torch.full((self.size,), -1)
             self._label(self._partition, torch.arange(self.size))
         self._forget_ahead()
+
+    def state(self) -> dict[str, Any]:
+        """All that the batches to come depend on, for a checkpoint."""
+        return {
+            "assignment": self.assignment,
+            "replacement": self.replacement,
+            "size": self.size,
+            "generator": self.generator.get_state(),
+            "partition": None if self._partition is None else self._partition.state(self.size),
+            "trajectories": self._trajectories,
+            "everything": self._everything,
+            "ahead_rows": [rows for rows, _ in self._ahead],
+            "ahead_clusters": [cluster for _, cluster in self._ahead],
+            "ahead_for": self._ahead_for,
+            "block": self._block,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take what `state` gave, from a sampler of the same options."""
+        for name in ("assignment", "replacement"):
+            if state[name] != getattr(self, name):
+                fail(name, repr(state[name]), repr(getattr(self, name)))
+        size = state["size"]
+        partition = None if state["partition"] is None else Partition.from_state(state["partition"], size)
+        for rows in (state["everything"], *state["ahead_rows"]):
+            check_rows("rows drawn ahead", rows, size)
+        if any(part.ndim != 1 or len(part) > size for part in state["trajectories"] or ()):
+            fail("trajectories", f"those of at most {size} rows", "others")
+        self.generator.set_state(state["generator"].clone())
+        self._partition, self.size, self._trajectories = partition, size, state["trajectories"]
+        self._everything = state["everything"].clone()
+        self._ahead = deque(zip([rows.clone() for rows in state["ahead_rows"]], state["ahead_clusters"]))
+        self._ahead_for, self._block = state["ahead_for"], state["block"]
 
     def sample(self, batch_size: int) -> tuple[Tensor, int]:
         """Row indices [batch_size], int64, and the cluster they come from (-1: no clustering yet)."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._checks import fail
+from .memory import free_bytes
 from .transitions import Transitions, map_observations, observation_leaves, with_leaves
 
 
@@ -92,13 +93,44 @@ class RingStorage:
         }
         return Transitions.unchecked(columns)
 
+    def state(self) -> dict[str, Any]:
+        """The rows held and their form, for a checkpoint; views, to be copied or written at once."""
+        return {
+            "capacity": self.capacity,
+            "written": self.written,
+            "form": {name: _layout(value) for name, value in self._columns.items()},
+            "rows": {_name(dtype): rows[: len(self)] for dtype, rows in self._rows.items()},
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take what `state` gave, into a ring that is empty."""
+        if state["capacity"] != self.capacity:
+            fail("capacity", str(state["capacity"]), self.capacity)
+        held = min(state["written"], self.capacity)
+        if state["form"]:
+            columns = {name: _from_layout(form) for name, form in state["form"].items()}
+            needed = self.capacity * sum(
+                math.prod(leaf.shape[1:]) * leaf.element_size()
+                for value in columns.values()
+                for leaf in observation_leaves(value)
+            )
+            if needed > free_bytes(self.device):
+                fail("capacity", f"one whose rows fit the memory of {self.device}", f"{needed / 2**30:.1f} GiB")
+            self._allocate(Transitions.unchecked(columns))
+            for dtype, rows in self._rows.items():
+                saved = state["rows"][_name(dtype)]
+                if saved.dtype != dtype or saved.shape != (held, rows.shape[1]):
+                    fail("rows", f"{dtype} {[held, rows.shape[1]]}", f"{saved.dtype} {list(saved.shape)}")
+                rows[:held] = saved.to(self.device)
+        self.written = state["written"]
+
     def _allocate(self, transitions: Transitions) -> None:
         """Rows for transitions of this form, and the columns as views of them, in one order."""
         for _, value in transitions.columns():
             for leaf in observation_leaves(value):
                 self._widths.setdefault(leaf.dtype, []).append(math.prod(leaf.shape[1:]))
         self._rows = {
-            dtype: torch.zeros(self.capacity, sum(widths), dtype=dtype, device=self.device)
+            dtype: torch.empty(self.capacity, sum(widths), dtype=dtype, device=self.device)
             for dtype, widths in self._widths.items()
         }
         views = {dtype: iter(self._rows[dtype].split(widths, dim=1)) for dtype, widths in self._widths.items()}
@@ -133,3 +165,28 @@ def _form(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(_form(leaf) for leaf in value)
     return f"{list(value.shape[1:])} {value.dtype}"
+
+
+def _layout(value: Any) -> Any:
+    """Shapes and dtypes of a row as plain values, in the structure that it comes in."""
+    if isinstance(value, Mapping):
+        return {"dict": {key: _layout(value[key]) for key in sorted(value)}}
+    if isinstance(value, tuple):
+        return {"tuple": [_layout(leaf) for leaf in value]}
+    return {"shape": list(value.shape[1:]), "dtype": _name(value.dtype)}
+
+
+def _from_layout(layout: Any) -> Any:
+    """No rows, in the form of a layout."""
+    if "dict" in layout:
+        return {key: _from_layout(part) for key, part in layout["dict"].items()}
+    if "tuple" in layout:
+        return tuple(_from_layout(part) for part in layout["tuple"])
+    dtype = getattr(torch, layout["dtype"], None)
+    if not isinstance(dtype, torch.dtype):
+        fail("dtype", "one of torch's", repr(layout["dtype"]))
+    return torch.empty(0, *layout["shape"], dtype=dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

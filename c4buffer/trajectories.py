@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,24 @@ class Trajectories:
         self._numbers[slots] = numbers
         self._times[slots] = torch.arange(self._written, self._written + len(slots))
         self._written += len(slots)
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        open_ = [[environment, number] for environment, number in self._open.items()]
+        return {
+            "numbers": self._numbers,
+            "times": self._times,
+            "written": self._written,
+            "next": self._next,
+            "open": open_,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take what `state` gave."""
+        self._numbers.copy_(state["numbers"])
+        self._times.copy_(state["times"])
+        self._written, self._next = state["written"], state["next"]
+        self._open = dict(state["open"])
 
     def of(self, rows: int) -> tuple[Tensor, Tensor]:
         """Numbers and times of the first `rows` slots, int64 each."""

@@ -163,7 +163,9 @@ def test_the_first_bad_row_is_named_wherever_it_is(row: int, bad: float) -> None
 
 
 def test_of_values_that_cancel_none_is_overlooked() -> None:
-    with pytest.raises(ValueError, match=re.escape("x: expected finite values, got inf in row 1 (2 of 4 rows are bad)")):
+    with pytest.raises(
+        ValueError, match=re.escape("x: expected finite values, got inf in row 1 (2 of 4 rows are bad)")
+    ):
         check_finite("x", torch.tensor([1.0, float("inf"), -float("inf"), 2.0]))
 
 

@@ -22,7 +22,7 @@ few, some = st.integers(1, 12), st.integers(1, 8)
 hundreds = st.sampled_from([40, 127, 128, 129, 200, 512])
 signs = st.sampled_from([-1.0, 1.0])
 fewer = settings(max_examples=settings().max_examples // 2)
-rare = settings(max_examples=max(3, settings().max_examples // 20))
+rare = settings(max_examples=max(3, settings().max_examples // 10))
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -339,7 +339,8 @@ def assert_columns_in_any_order(data: tuple[Tensor, Tensor], covariance: Any, se
     mixture = GaussianMixture(start.shape[1], covariance=covariance, regularization=0, max_iterations=3, tolerance=0)
     expected = mixture.fit(X, initial=start)
     assume_well_conditioned(expected, X)
-    assert_covariances(expected, X)
+    if covariance != "diag":
+        assert_covariances(expected, X)
     found = mixture.fit(X[:, columns], initial=start)
     torch.testing.assert_close(found.responsibilities, expected.responsibilities, rtol=0, atol=1e-7)
     torch.testing.assert_close(found.means, expected.means[:, columns], rtol=1e-7, atol=1e-7 * float(X.abs().max()))
