@@ -1,7 +1,7 @@
 """C4 for offline reinforcement learning: a clustered replay buffer and the covariance penalty."""
 
 from .backends import FaissClusterer, SklearnClusterer
-from .buffer import ClusteredReplayBuffer, RefreshReport
+from .buffer import ClusteredReplayBuffer
 from .clustering import Clusterer, MixtureClusterer
 from .critics import Critics, stacked_features, stacked_gradients
 from .datasets.d4rl import load_d4rl
@@ -13,7 +13,7 @@ from .losses.covariance import (
 )
 from .mixture import GaussianMixture, MixtureResult
 from .reduction import ReducedClusterer
-from .refresh import Every, OnDrift, RefreshPolicy
+from .refresh import Every, OnDrift, RefreshPolicy, RefreshReport
 from .sampling import SingleClusterSampler
 from .transitions import Transitions
 

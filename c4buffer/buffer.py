@@ -5,27 +5,27 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Literal, Union
 
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, check_finite, check_integer, fail, shape_of
+from ._checks import check_choice, check_integer, fail
 from .checkpoint import load, save
 from .clustering import Clusterer, MixtureClusterer, ranks_of_means
-from .critics import CHUNK_ROWS, PROBE_ROWS, Critics, rows_for, stacked_features, stacked_gradients
+from .critics import Critics
+from .embedding import EMBEDDINGS, Embedding, embed_rows
 from .losses.covariance import decompose_cross_covariance
 from .mixture import MixtureResult
 from .partition import check_responsibilities
 from .reduction import ReducedClusterer, Reduction
-from .refresh import Every, OnDrift, RefreshPolicy
+from .refresh import Every, OnDrift, RefreshPolicy, RefreshReport
 from .sampling import SingleClusterSampler
 from .storage import RingStorage
 from .trajectories import Trajectories
 from .transitions import Observations, Transitions
 
-Embedding = Callable[[Critics, Transitions], Tensor]
 OWN = "the caller's own"  # of an option, in a checkpoint: a callable that no file can hold
 POLICIES = {"Every": Every, "OnDrift": OnDrift}
 # those that the state's meaning depends on
@@ -33,31 +33,6 @@ SAME_OPTIONS = (
     *("capacity", "n_clusters", "embedding", "max_dim", "reduction"),
     *("assignment", "replacement", "trajectory_tail"),
 )
-EMBEDDINGS: dict[str, Embedding] = {"gradients": stacked_gradients, "features": stacked_features}
-
-
-@dataclass(frozen=True)
-class RefreshReport:
-    """What a refresh found.
-
-    Args:
-        sizes: N p_z, the number of transitions in each cluster (fractional when soft).
-        probabilities: p_z.
-        iterations: EM steps; 0 for a clusterer that does not tell.
-        log_likelihood: mean over the transitions, of the embeddings in their own units; NaN likewise.
-        seconds: wall time of embedding, clustering and assigning.
-        total, within, between: Frobenius norms of C = Cov(g', g) over all transitions, of E[C_Z] and of
-            Cov(mu'_Z, mu_Z) (Theorem 2). NaN for an embedding that is not a pair, and for a single transition.
-    """
-
-    sizes: tuple[float, ...]
-    probabilities: tuple[float, ...]
-    iterations: int
-    log_likelihood: float
-    seconds: float
-    total: float
-    within: float
-    between: float
 
 
 class ClusteredReplayBuffer:
@@ -275,7 +250,7 @@ class ClusteredReplayBuffer:
         if len(self) < self._fewest_rows:
             fail("n_clusters", f"at most the {len(self)} transitions held", self._fewest_rows)
         started = time.perf_counter()
-        embeddings = self._embed(critics, len(self), self._storage.rows)
+        embeddings = embed_rows(self._embedding, critics, len(self), self._storage.rows, device=self.device)
         previous = self._sampler.responsibilities if self._sampler.clustered else None
         responsibilities = self._clusterer(embeddings, previous)
         check_responsibilities(responsibilities, len(self))
@@ -317,7 +292,13 @@ class ClusteredReplayBuffer:
         if not self._sampler.clustered:
             fail("log_likelihood_of", "a refresh before it", "no clusters")
         rows = rows.cpu()
-        embeddings = self._embed(critics, len(rows), lambda start, stop: self._storage.gather(rows[start:stop]))
+        embeddings = embed_rows(
+            self._embedding,
+            critics,
+            len(rows),
+            lambda start, stop: self._storage.gather(rows[start:stop]),
+            device=self.device,
+        )
         return self._clusterer.log_likelihood_of(embeddings)
 
     def state_dict(self) -> dict[str, Any]:
@@ -454,38 +435,11 @@ class ClusteredReplayBuffer:
             return lost or self._batches >= self._next_refresh
         return self._refresh_policy(self._batches, self)
 
-    def _embed(self, critics: Critics, rows: int, read: Callable[[int, int], Transitions]) -> Tensor:
-        """[rows, E], of the transitions that `read(start, stop)` gives, some at once."""
-        if isinstance(self._embedding, str):
-            embed = EMBEDDINGS[self._embedding]
-            size = rows_for(critics, read(0, min(2 * PROBE_ROWS, rows)).to(self.device))
-        else:
-            embed, size = self._embedding, CHUNK_ROWS
-        embeddings: Tensor | None = None
-        for start in range(0, rows, size):
-            part = read(start, min(start + size, rows)).to(self.device)
-            chunk = embed(critics, part)
-            _check_embeddings(chunk, len(part))
-            if embeddings is None:
-                embeddings = chunk.new_empty(rows, chunk.shape[1])
-            embeddings[start : start + len(chunk)] = chunk.detach()
-        assert embeddings is not None
-        return embeddings
-
 
 def _checked_critics(critics: object) -> Critics:
     if not isinstance(critics, Critics):
         fail("critics", "a Critics record, given or attached", "None" if critics is None else type(critics).__name__)
     return critics
-
-
-def _check_embeddings(embeddings: object, rows: int) -> None:
-    expected = f"a floating tensor [N, E] with N = {rows}"
-    if not isinstance(embeddings, Tensor):
-        fail("embedding", expected, type(embeddings).__name__)
-    if embeddings.ndim != 2 or len(embeddings) != rows or not embeddings.is_floating_point():
-        fail("embedding", expected, f"{embeddings.dtype} {shape_of(embeddings)}")
-    check_finite("embedding", embeddings)
 
 
 def map_leaves(function: Callable[[Any], Tensor], observations: Any) -> Observations:

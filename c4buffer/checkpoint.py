@@ -95,11 +95,11 @@ def _outlined(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
     """`value` in JSON's terms; its tensors go to `tensors`."""
     if isinstance(value, Tensor):
         tensor = value.detach().cpu().contiguous()
-        for other, known in tensors.items():
-            if known.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() and tensor.numel():
-                if known.data_ptr() == tensor.data_ptr() and known.shape == tensor.shape and known.dtype == tensor.dtype:
+        for other, known in tensors.items():  # a file holds each byte once
+            if tensor.numel() and known.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
+                if (known.data_ptr(), known.shape, known.dtype) == (tensor.data_ptr(), tensor.shape, tensor.dtype):
                     return {"tensor": other}
-                tensor = tensor.clone()  # a file holds each byte once
+                tensor = tensor.clone()
         tensors[name] = tensor
         return {"tensor": name}
     if isinstance(value, dict):

@@ -1,8 +1,9 @@
-"""When to cluster again."""
+"""When to cluster again, and what was found."""
 
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -11,7 +12,31 @@ from torch import Tensor
 from ._checks import check_integer, check_number
 
 if TYPE_CHECKING:
-    from .buffer import ClusteredReplayBuffer, RefreshReport
+    from .buffer import ClusteredReplayBuffer
+
+
+@dataclass(frozen=True)
+class RefreshReport:
+    """What a refresh found.
+
+    Args:
+        sizes: N p_z, the number of transitions in each cluster (fractional when soft).
+        probabilities: p_z.
+        iterations: EM steps; 0 for a clusterer that does not tell.
+        log_likelihood: mean over the transitions, of the embeddings in their own units; NaN likewise.
+        seconds: wall time of embedding, clustering and assigning.
+        total, within, between: Frobenius norms of C = Cov(g', g) over all transitions, of E[C_Z] and of
+            Cov(mu'_Z, mu_Z) (Theorem 2). NaN for an embedding that is not a pair, and for a single transition.
+    """
+
+    sizes: tuple[float, ...]
+    probabilities: tuple[float, ...]
+    iterations: int
+    log_likelihood: float
+    seconds: float
+    total: float
+    within: float
+    between: float
 
 
 class RefreshPolicy(Protocol):
@@ -95,7 +120,9 @@ class OnDrift:
 
     def state_dict(self) -> dict[str, Any]:
         """The probe set and its likelihood after the last refresh."""
-        return {"probe": self._probe, "reference": self._reference, "compared": self._report is not None}
+        buffer = None if self._buffer is None else self._buffer()
+        compared = buffer is not None and self._report is buffer.last_report
+        return {"probe": self._probe, "reference": self._reference, "compared": compared}
 
     def load_state_dict(self, state: dict[str, Any], buffer: ClusteredReplayBuffer) -> None:
         """Take what `state_dict` gave, for `buffer` as it is now."""

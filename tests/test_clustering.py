@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -224,6 +225,124 @@ def test_the_number_of_clusters_is_checked_by_name(n_clusters: Any) -> None:
         MixtureClusterer(n_clusters)
 
 
+# As many clusters as the BIC says
+
+
+def separate(clusters: int, rows: int = 300, *, seed: int = 0) -> Tensor:
+    """Round blobs [N, 4] far apart, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(rows, 4, generator=generator, dtype=torch.float64)
+    return 30 * torch.eye(4)[torch.arange(rows) % clusters] + noise
+
+
+@pytest.mark.parametrize("covariance", ["full", "diag", "tied"])
+@pytest.mark.parametrize("clusters", [1, 2, 4])
+def test_auto_finds_as_many_clusters_as_there_are_blobs(clusters: int, covariance: Any) -> None:
+    X = separate(clusters)
+    clusterer = MixtureClusterer("auto", covariance=covariance)
+    responsibilities = clusterer(X)
+    assert_shares(responsibilities, (300, clusters))
+    pairs = set(zip((torch.arange(300) % clusters).tolist(), responsibilities.argmax(dim=1).tolist()))
+    assert len(pairs) == clusters
+    assert clusterer.mixture is not None
+    assert torch.equal(clusterer.mixture.responsibilities, responsibilities)
+
+
+@pytest.mark.parametrize("covariance", ["full", "diag", "tied"])
+@pytest.mark.parametrize("seed", range(3))
+def test_auto_is_the_lowest_bic_of_all_until_two_more_are_no_better(seed: int, covariance: Any) -> None:
+    X = blobs(200, seed=seed)
+    each = []
+    for clusters in range(1, 9):
+        clusterer = MixtureClusterer(clusters, covariance=covariance)
+        clusterer(X)
+        assert clusterer.mixture is not None
+        each.append(clusterer.mixture)
+    bics = [mixture.bic(X) for mixture in each]
+    best = 0
+    for place in range(8):
+        best = place if bics[place] < bics[best] else best
+        if place == best + 2:
+            break
+    auto = MixtureClusterer("auto", covariance=covariance)
+    assert torch.equal(auto(X), each[best].responsibilities)
+    assert auto.mixture is not None
+    assert auto.mixture.log_likelihood == each[best].log_likelihood
+    rows, k = len(X), best + 1
+    matrices = {"full": k * 10, "diag": k * 4, "tied": 10}[covariance]
+    by_hand = -2 * rows * auto.mixture.log_likelihood + (k - 1 + 4 * k + matrices) * math.log(rows)
+    assert bics[best] == pytest.approx(by_hand, rel=1e-9)
+
+
+@pytest.mark.parametrize("max_clusters", [1, 2, 3])
+def test_auto_finds_no_more_than_max_clusters(max_clusters: int) -> None:
+    assert MixtureClusterer("auto", max_clusters=max_clusters)(separate(4)).shape == (300, max_clusters)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_auto_tries_no_more_clusters_than_rows(rows: int) -> None:
+    clusterer = MixtureClusterer("auto", max_clusters=50)
+    responsibilities = clusterer(torch.arange(float(rows)).unsqueeze(1) ** 2)
+    assert 1 <= responsibilities.shape[1] <= rows
+
+
+@pytest.mark.xfail(strict=True, reason="K = 3 and 4 are tried, and each warns that it is lowered to 2")
+def test_auto_does_not_warn_of_clusters_that_nobody_asked_for() -> None:
+    X = torch.tensor([[0.0], [1.0]]).repeat(20, 1)
+    assert MixtureClusterer("auto")(X).shape == (40, 2)
+
+
+def test_auto_does_not_depend_on_units_and_looks_for_k_each_time() -> None:
+    clusterer = MixtureClusterer("auto")
+    previous = clusterer(separate(2))
+    assert previous.shape == (300, 2)
+    assert torch.equal(clusterer(separate(2), previous).argmax(dim=1), previous.argmax(dim=1))
+    previous = clusterer(separate(4, seed=1), previous)
+    assert previous.shape == (300, 4)
+    scale = torch.tensor([1e-6, 1.0, 1e3, 1e9], dtype=torch.float64)
+    assert MixtureClusterer("auto")(5 + scale * separate(4)).shape == (300, 4)
+    assert clusterer(separate(1), previous).shape == (300, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_clusters": "bic"}, "n_clusters: expected an integer of at least 1, got 'bic'"),
+        ({"n_clusters": None}, "n_clusters: expected an integer of at least 1, got None"),
+        ({"max_clusters": 0}, "max_clusters: expected an integer of at least 1, got 0"),
+        ({"max_clusters": 2.0}, "max_clusters: expected an integer of at least 1, got 2.0"),
+        ({"start": "random"}, "start: expected one of 'k-means++', 'faiss', got 'random'"),
+        ({"covariance": "round"}, "covariance: expected one of 'full', 'diag', 'tied', got 'round'"),
+        ({"tolerance": -1}, "tolerance: expected a finite number at least 0, got -1"),
+    ],
+)
+def test_wrong_options_are_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
+        MixtureClusterer(**{"n_clusters": "auto", **options})
+
+
+# Starts and likelihoods
+
+
+def test_a_start_by_faiss_finds_separate_blobs() -> None:
+    X = separate(4)
+    pairs = set(zip((torch.arange(300) % 4).tolist(), MixtureClusterer(4, start="faiss")(X).argmax(dim=1).tolist()))
+    assert len(pairs) == 4
+    assert torch.equal(MixtureClusterer(4, start="faiss")(X), MixtureClusterer(4, start="faiss")(X))
+
+
+def test_the_likelihood_is_that_of_the_last_mixture() -> None:
+    clusterer = MixtureClusterer(3)
+    with pytest.raises(ValueError, match="^log_likelihood_of: expected a clustering before it, got none yet$"):
+        clusterer.log_likelihood_of(blobs())
+    clusterer(blobs())
+    assert clusterer.mixture is not None
+    assert clusterer.log_likelihood_of(blobs()) == pytest.approx(clusterer.mixture.log_likelihood, abs=1e-9)
+    other = blobs(50, seed=3)
+    assert clusterer.log_likelihood_of(other) == clusterer.mixture.log_likelihood_of(other)
+    assert clusterer.log_likelihood_of(3 * blobs()) < clusterer.log_likelihood_of(blobs()) - 1
+
+
 def test_ranks_of_means_are_the_order_of_their_distances_after_standardising() -> None:
     # the second column counts as much as the first, which is a thousand times wider
     X = torch.tensor([[0.0, 0.0], [2000.0, 1.0], [4000.0, 2.0], [6000.0, 9.0]], dtype=torch.float64)
@@ -236,3 +355,9 @@ def test_ranks_of_means_are_the_order_of_their_distances_after_standardising() -
     empty = torch.cat([torch.ones(4, 1), torch.zeros(4, 1)], dim=1).double()
     assert ranks_of_means(X, empty).shape == (4, 2)
     assert ranks_of_means(X.float(), torch.full((4, 300), 1 / 300)).dtype == torch.int16
+
+
+@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="the products of float64 embeddings need float64 shares")
+def test_ranks_of_means_take_responsibilities_of_another_precision() -> None:
+    X, r = blobs(20), torch.eye(2)[torch.arange(20) % 2]
+    assert torch.equal(ranks_of_means(X, r), ranks_of_means(X, r.double()))

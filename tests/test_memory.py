@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def test_where_the_system_has_no_such_table_its_free_pages_count(
         (tmp_path / "meminfo").write_text(table)
     monkeypatch.setattr(c4buffer.memory, "MEMINFO", str(tmp_path / "meminfo"))
     pages = {"SC_AVPHYS_PAGES": 30, "SC_PAGE_SIZE": 4096}
-    monkeypatch.setattr(c4buffer.memory.os, "sysconf", pages.__getitem__, raising=False)
+    monkeypatch.setattr(os, "sysconf", pages.__getitem__, raising=False)
     assert free_bytes(CPU) == 30 * 4096
 
 
@@ -58,7 +59,7 @@ def test_where_the_system_does_not_tell_a_fixed_number_is_taken(
         raise error(name)
 
     monkeypatch.setattr(c4buffer.memory, "MEMINFO", str(tmp_path / "nothing"))
-    monkeypatch.setattr(c4buffer.memory.os, "sysconf", fails, raising=False)
+    monkeypatch.setattr(os, "sysconf", fails, raising=False)
     assert free_bytes(CPU) == c4buffer.memory.UNKNOWN
 
 

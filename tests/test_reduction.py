@@ -151,7 +151,8 @@ def test_no_unit_of_a_float32_column_makes_anything_infinite(reduction: Any, uni
 def test_the_same_seed_gives_the_same_map_and_another_another() -> None:
     def map_of(X: Tensor, seed: int) -> np.ndarray:
         Y = reduced(X, max_dim=5, seed=seed)
-        return np.linalg.lstsq(standardised(X).numpy(), Y.numpy(), rcond=None)[0]
+        directions: np.ndarray = np.linalg.lstsq(standardised(X).numpy(), Y.numpy(), rcond=None)[0]
+        return directions
 
     state = torch.get_rng_state()
     np.testing.assert_allclose(map_of(blobs(), 3), map_of(blobs(150, seed=1), 3), rtol=0, atol=1e-10)
@@ -276,7 +277,8 @@ class Wide(nn.Module):
             nn.init.normal_(parameter, generator=torch.Generator().manual_seed(seed))
 
     def features(self, observations: Tensor, actions: Tensor) -> Tensor:
-        return torch.tanh(self.hidden(torch.cat([observations, actions], dim=1)))
+        hidden: Tensor = self.hidden(torch.cat([observations, actions], dim=1))
+        return torch.tanh(hidden)
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
         value: Tensor = self.last(self.features(observations, actions))

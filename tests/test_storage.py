@@ -170,6 +170,113 @@ def test_rows_and_their_slots_live_on_the_device_of_the_storage() -> None:
     assert {leaf.device.type for leaf in [*leaves(batch), batch.indices]} == {"meta"}
 
 
+# Fields of one dtype share a row
+
+
+def of_many_dtypes(form: str, count: int, *, seed: int = 0) -> Transitions:
+    """Random rows: images of bytes, float16 and float32 vectors, flags, int64 actions or float64 ones."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def bytes_of(*shape: int) -> Tensor:
+        return torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=generator)
+
+    def floats(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(count, *shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    def observations() -> Any:
+        parts: dict[str, Tensor] = {
+            "z": floats(2, 3),
+            "image": bytes_of(3, 4, 5),
+            "a": floats(1, dtype=torch.float64),
+            "flag": bytes_of(2) > 127,
+            "half": floats(2, dtype=torch.float16),
+            "count": bytes_of(1).long(),
+        }
+        return {
+            "one": parts["image"],
+            "vector": floats(3, dtype=torch.float64),
+            "dict": parts,
+            "tuple": tuple(parts.values()),
+            "empty part": {"none": floats(0), "some": floats(2), "no image": bytes_of(3, 0, 2)},
+        }[form]
+
+    discrete = form in ("one", "tuple")
+    return Transitions(
+        observations=observations(),
+        actions=bytes_of().long() % 4 if discrete else floats(2, dtype=torch.float64),
+        rewards=floats(dtype=torch.float64 if form == "vector" else torch.float32),
+        next_observations=observations(),
+        terminals=bytes_of() > 200,
+        timeouts=bytes_of() > 127,
+        intervals=bytes_of() % 5 + 1,
+    )
+
+
+DTYPES = ("one", "vector", "dict", "tuple", "empty part")
+
+
+@pytest.mark.parametrize("form", DTYPES)
+def test_fields_of_any_dtypes_are_gathered_as_they_were(form: str) -> None:
+    data, storage = of_many_dtypes(form, 23), RingStorage(10, device=CPU)
+    for start in range(0, 23, 6):
+        storage.write(data[start : start + 6])
+    held = torch.tensor([20, 21, 22, *range(13, 20)])
+    assert_same_rows(everything(storage), data[held])
+    assert_same_rows(storage.rows(2, 9), data[held[2:9]])
+    slots = torch.randint(0, 10, (50,), generator=torch.Generator().manual_seed(0))
+    batch = storage.gather(slots)
+    assert_same_rows(batch, data[held[slots]])
+    assert [name for name, _ in batch.columns()] == [name for name, _ in data.columns()]
+    for got, given in zip(leaves(batch), leaves(data)):
+        assert got.shape[1:] == given.shape[1:]
+
+
+@pytest.mark.parametrize("form", DTYPES)
+def test_a_row_takes_the_bytes_of_its_fields_and_no_more(form: str) -> None:
+    data, storage = of_many_dtypes(form, 3), RingStorage(10, device=CPU)
+    storage.write(data)
+    raw = sum(leaf.element_size() * leaf[0].numel() for leaf in leaves(data))
+    allocated = {
+        leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes() for leaf in leaves(storage.rows(0, 3))
+    }
+    assert sum(allocated.values()) == 10 * raw
+    dtypes = {leaf.dtype for leaf in leaves(data) if leaf[0].numel()}
+    assert len([size for size in allocated.values() if size]) == len(dtypes)
+
+
+@pytest.mark.parametrize("form", DTYPES)
+def test_neither_the_storage_nor_another_field_sees_what_is_written_to_a_field(form: str) -> None:
+    data, storage = of_many_dtypes(form, 8), RingStorage(8, device=CPU)
+    storage.write(data)
+    held = {leaf.untyped_storage().data_ptr() for leaf in leaves(storage.rows(0, 8)) if leaf.numel()}
+    for changed in range(len(leaves(data))):
+        batch = storage.gather(torch.arange(8))
+        assert not held & {leaf.untyped_storage().data_ptr() for leaf in leaves(batch) if leaf.numel()}
+        leaves(batch)[changed].fill_(1)
+        for place, (got, expected) in enumerate(zip(leaves(batch), leaves(data))):
+            assert torch.equal(got, torch.ones_like(got) if place == changed else expected)
+    assert_same_rows(everything(storage), data)
+
+
+def test_a_link_changes_the_next_action_of_one_row_and_nothing_else() -> None:
+    data, storage = of_many_dtypes("dict", 8), RingStorage(8, device=CPU)
+    storage.write(data)
+    storage.link(3, torch.tensor([7.0, 8.0], dtype=torch.float64))
+    expected = of_many_dtypes("dict", 8)
+    expected.next_actions[3] = torch.tensor([7.0, 8.0], dtype=torch.float64)
+    expected.has_next_actions[3] = 1
+    assert_same_rows(everything(storage), expected)
+
+
+def test_a_dict_whose_keys_come_in_another_order_is_the_same() -> None:
+    data, storage = of_many_dtypes("dict", 8), RingStorage(8, device=CPU)
+    storage.write(data[:5])
+    assert isinstance(data.observations, dict)
+    turned = dict(reversed(data.observations.items()))
+    storage.write(data.replace(observations=turned)[5:])
+    assert_same_rows(everything(storage), data)
+
+
 def both(observations: Any) -> dict[str, Any]:
     return {"observations": observations, "next_observations": observations}
 

@@ -275,12 +275,17 @@ def rows_of(batch: Transitions) -> Tensor:
     return batch.observations[:, 0].long()
 
 
+def raw(critics: Critics, batch: Transitions) -> Tensor:
+    assert isinstance(batch.observations, Tensor)
+    return batch.observations
+
+
 def by_label(embeddings: Tensor, previous: Tensor | None) -> Tensor:
     return one_hot(embeddings[:, 1].long(), 3).float()
 
 
 def buffer_of(data: Transitions, **options: Any) -> ClusteredReplayBuffer:
-    options = {"clusterer": by_label, "embedding": lambda critics, batch: batch.observations, "seed": 0, **options}
+    options = {"clusterer": by_label, "embedding": raw, "seed": 0, **options}
     return ClusteredReplayBuffer.from_transitions(data, trajectory_tail=True, **options)
 
 
@@ -314,7 +319,7 @@ def test_environments_side_by_side_have_trajectories_of_their_own(capacity: int)
         capacity,
         trajectory_tail=True,
         clusterer=by_label,
-        embedding=lambda critics, batch: batch.observations,
+        embedding=raw,
         seed=0,
     )
     for step in range(steps):
