@@ -114,8 +114,9 @@ class ClusteredReplayBuffer:
         self._refresh_policy = refresh
         self._storage = self._new_storage(storage)
         self._trajectories = Trajectories(capacity) if trajectory_tail else None
-        assignment = "hard" if trajectory_tail else assignment
-        self._sampler = SingleClusterSampler(generator=self._generator, assignment=assignment, replacement=replacement)
+        self._sampler = SingleClusterSampler(
+            generator=self._generator, assignment="hard" if trajectory_tail else assignment, replacement=replacement
+        )
         self._critics: Critics | None = None
         self._batches = 0
         self._next_refresh = 0  # the batch before which one is due, where no policy was given

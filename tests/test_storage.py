@@ -227,8 +227,8 @@ def test_fields_of_any_dtypes_are_gathered_as_they_were(form: str) -> None:
     batch = storage.gather(slots)
     assert_same_rows(batch, data[held[slots]])
     assert [name for name, _ in batch.columns()] == [name for name, _ in data.columns()]
-    for got, given in zip(leaves(batch), leaves(data)):
-        assert got.shape[1:] == given.shape[1:]
+    for got, expected in zip(leaves(batch), leaves(data)):
+        assert got.shape[1:] == expected.shape[1:]
 
 
 @pytest.mark.parametrize("form", DTYPES)

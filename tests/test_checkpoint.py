@@ -1,0 +1,448 @@
+"""Checkpoints: whole or not at all, nothing damaged is taken, and the batches go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from c4buffer import (
+    ClusteredReplayBuffer,
+    CovariancePenalty,
+    Critics,
+    Every,
+    GaussianMixture,
+    MixtureClusterer,
+    OnDrift,
+    SklearnClusterer,
+    Transitions,
+    checkpoint,
+)
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "without replacement": {"replacement": False},
+    "hard": {"assignment": "hard", "refresh": Every(7)},
+    "tails": {"trajectory_tail": True},
+    "on drift": {"refresh": OnDrift(0.05, check_every=3, probe_size=50)},
+    "reduced": {"max_dim": 5},
+    "auto": {"n_clusters": "auto"},
+    "many": {"n_clusters": 6},
+}
+
+
+def transitions(rows: int = 400, *, seed: int = 0) -> Transitions:
+    generator = torch.Generator().manual_seed(seed)
+    return Transitions(
+        observations=torch.randn(rows, 3, generator=generator),
+        actions=torch.randn(rows, 2, generator=generator),
+        rewards=torch.randn(rows, generator=generator),
+        next_observations=torch.randn(rows, 3, generator=generator),
+        terminals=(torch.rand(rows, generator=generator) < 0.05).float(),
+    )
+
+
+def critics() -> Critics:
+    torch.manual_seed(0)
+    return Critics(nn.Bilinear(3, 2, 1), nn.Bilinear(3, 2, 1))
+
+
+def buffer_of(**options: Any) -> ClusteredReplayBuffer:
+    buffer = ClusteredReplayBuffer.from_transitions(transitions(), capacity=600, seed=1, **options)
+    buffer.attach(critics())
+    return buffer
+
+
+def same(a: Transitions, b: Transitions) -> bool:
+    pairs = zip(a.columns(), b.columns())
+    return a.cluster == b.cluster and all(torch.equal(x, y) for (_, x), (_, y) in pairs)
+
+
+def assert_goes_on(buffer: ClusteredReplayBuffer, twin: ClusteredReplayBuffer, *, batches: int = 30) -> None:
+    for batch in range(batches):
+        assert same(buffer.sample(64), twin.sample(64)), batch
+        if batch == 10:
+            for each in (buffer, twin):
+                each.extend(transitions(300, seed=2))  # around the ring's end
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+@pytest.mark.parametrize("batches", [0, 1, 12])
+def test_batches_go_on_bit_for_bit_in_the_middle_of_a_block(case: str, batches: int, tmp_path: Path) -> None:
+    buffer = buffer_of(**OPTIONS[case])
+    for _ in range(batches):
+        buffer.sample(64)
+    buffer.save(tmp_path / "buffer")
+    twin = ClusteredReplayBuffer.load(tmp_path / "buffer")
+    twin.attach(critics())
+    assert twin.last_report == buffer.last_report
+    assert_goes_on(buffer, twin)
+
+
+def test_the_steps_of_environments_are_linked_across_a_checkpoint(tmp_path: Path) -> None:
+    def step(buffer: ClusteredReplayBuffer, number: int) -> None:
+        value = torch.full((2, 1), float(number))
+        buffer.add(value, value, value[:, 0], value + 1, torch.zeros(2), torch.tensor([0.0, float(number % 3 == 0)]))
+
+    buffer = ClusteredReplayBuffer(50, seed=0, trajectory_tail=True)
+    step(buffer, 1)
+    buffer.save(tmp_path / "buffer")
+    twin = ClusteredReplayBuffer.load(tmp_path / "buffer")
+    for number in range(2, 9):
+        step(buffer, number)
+        step(twin, number)
+    for (name, x), (_, y) in zip(buffer.sample(200).columns(), twin.sample(200).columns()):
+        assert torch.equal(x, y), name
+
+
+def test_observations_of_every_form_come_back(tmp_path: Path) -> None:
+    def data(observations: Any) -> Transitions:
+        rows = torch.arange(20)
+        return Transitions(
+            observations=observations,
+            actions=rows % 3,
+            rewards=rows.double(),
+            next_observations=observations,
+            terminals=torch.zeros(20),
+        )
+
+    images = torch.randint(0, 256, (20, 2, 4, 4), dtype=torch.uint8)
+    for observations in (images, {"image": images, "speed": torch.randn(20, 3)}, (torch.randn(20, 1), images)):
+        buffer = ClusteredReplayBuffer.from_transitions(data(observations), seed=0)
+        buffer.save(tmp_path / "buffer")
+        a, b = buffer.sample(9), ClusteredReplayBuffer.load(tmp_path / "buffer").sample(9)
+        torch.testing.assert_close(dict(a.columns()), dict(b.columns()), rtol=0, atol=0)
+
+
+def trained(batches: int, stops: set[int], path: Path) -> tuple[list[Tensor], list[Tensor]]:
+    """Indices of all batches, and the parameters at the end, of a training that is saved and loaded at `stops`."""
+    torch.manual_seed(0)
+    q, target = nn.Bilinear(3, 2, 1), nn.Bilinear(3, 2, 1)
+    optimizer = torch.optim.SGD(q.parameters(), lr=0.01)
+    penalty = CovariancePenalty(0.1, scale="relative")
+    buffer = buffer_of(refresh=Every(60))
+    buffer.attach(Critics(q, target))
+    drawn = []
+    for step in range(batches):
+        if step in stops:
+            buffer.save(path)
+            buffer = ClusteredReplayBuffer.load(path)
+            buffer.attach(Critics(q, target))
+        batch = buffer.sample(32)
+        drawn.append(batch.indices)
+        loss = (q(batch.observations, batch.actions).squeeze(1) - batch.rewards).square().mean()
+        optimizer.zero_grad()
+        (loss + penalty(Critics(q, target), batch)).backward()
+        optimizer.step()
+    return drawn, list(q.parameters())
+
+
+def test_training_interrupted_at_ten_points_gives_the_same_batches_and_parameters(tmp_path: Path) -> None:
+    expected, parameters = trained(500, set(), tmp_path / "buffer")
+    stops = set(random.Random(0).sample(range(1, 500), 10))
+    found, resumed = trained(500, stops, tmp_path / "buffer")
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    assert all(torch.equal(a, b) for a, b in zip(resumed, parameters))
+
+
+# What no file can hold
+
+
+def test_own_callables_are_asked_for_again(tmp_path: Path) -> None:
+    from sklearn.cluster import KMeans
+
+    options: dict[str, Any] = {
+        "embedding": lambda _, batch: batch.observations,
+        "clusterer": SklearnClusterer(KMeans(3, n_init=1, random_state=0)),
+        "refresh": lambda step, _: step % 5 == 0,
+    }
+    buffer = buffer_of(**options)
+    buffer.sample(64)
+    buffer.save(tmp_path / "buffer")
+    for missing in options:
+        given = {name: value for name, value in options.items() if name != missing}
+        with pytest.raises(ValueError, match=f"^{missing}: expected to be given, .* got nothing$"):
+            ClusteredReplayBuffer.load(tmp_path / "buffer", **given)
+    twin = ClusteredReplayBuffer.load(tmp_path / "buffer", **options)
+    twin.attach(critics())
+    assert_goes_on(buffer, twin)
+
+
+def test_a_warm_clusterer_of_the_callers_own_starts_where_it_was(tmp_path: Path) -> None:
+    buffer = buffer_of(clusterer=MixtureClusterer(2), refresh=Every(5))
+    for _ in range(7):
+        buffer.sample(64)
+    buffer.save(tmp_path / "buffer")
+    twin = ClusteredReplayBuffer.load(tmp_path / "buffer", clusterer=MixtureClusterer(2))
+    twin.attach(critics())
+    assert_goes_on(buffer, twin)
+
+
+# What does not fit
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("capacity", 601),
+        ("n_clusters", 4),
+        ("embedding", "features"),
+        ("max_dim", 7),
+        ("reduction", "pca"),
+        ("assignment", "hard"),
+        ("replacement", False),
+        ("trajectory_tail", True),
+    ],
+)
+def test_a_state_of_other_options_is_refused_and_nothing_changes(name: str, value: Any) -> None:
+    state = buffer_of().state_dict()
+    other, twin = (
+        ClusteredReplayBuffer(**{"capacity": 600, "seed": 5, "n_clusters": 3, name: value}) for _ in range(2)
+    )
+    for each in (other, twin):
+        each.extend(transitions(seed=3))
+    with pytest.raises(ValueError, match=f"^{name}: expected .* as in the state, got"):
+        other.load_state_dict(state)
+    assert same(other.sample(64), twin.sample(64))
+
+
+def without(tree: Any, path: tuple[Any, ...], value: Any = None, *, drop: bool = False) -> Any:
+    """A copy of nested dicts and lists, changed in one place."""
+    copy = dict(tree) if isinstance(tree, dict) else list(tree)
+    if len(path) > 1:
+        copy[path[0]] = without(tree[path[0]], path[1:], value, drop=drop)
+    elif drop:
+        del copy[path[0]]
+    else:
+        copy[path[0]] = value
+    return copy
+
+
+DAMAGES: dict[str, Callable[[Any], Any]] = {
+    "no storage": lambda s: without(s, ("storage",), drop=True),
+    "no sampler": lambda s: without(s, ("sampler",), drop=True),
+    "rows of another width": lambda s: without(s, ("storage", "rows", "float32"), torch.zeros(400, 2)),
+    "fewer rows": lambda s: without(s, ("storage", "rows", "float32"), s["storage"]["rows"]["float32"][:5]),
+    "an unknown dtype": lambda s: without(s, ("storage", "form", "rewards", "dtype"), "nonsense"),
+    "a shape that fits no memory": lambda s: without(s, ("storage", "form", "rewards", "shape"), [10**15]),
+    "indices out of range": lambda s: without(s, ("sampler", "ahead_rows"), [torch.tensor([400])]),
+    "indices of another dtype": lambda s: without(s, ("sampler", "ahead_rows"), [torch.tensor([0.5])]),
+    "another generator": lambda s: without(s, ("sampler", "generator"), torch.zeros(3, dtype=torch.uint8)),
+    "clusters of other rows": lambda s: without(s, ("sampler", "partition", "r"), torch.ones(3, 7)),
+    "sums of other clusters": lambda s: without(s, ("sampler", "partition", "sums"), torch.ones(2)),
+    "no cluster": lambda s: without(s, ("sampler", "partition", "ids"), torch.empty(0, dtype=torch.int64)),
+    "another size": lambda s: without(s, ("sampler", "size"), 12),
+    "counters of text": lambda s: without(s, ("batches",), "many"),
+    "a report of other fields": lambda s: without(s, ("report",), {"sizes": 1}),
+    "a mixture of other fields": lambda s: without(s, ("clusterer", "clusterer", "mixture"), {"weight": 1}),
+    "a list": lambda s: [],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_state_that_does_not_fit_itself_is_refused_and_nothing_changes(damage: str) -> None:
+    buffer, twin = buffer_of(), buffer_of()
+    for each in (buffer, twin):
+        each.sample(64)
+    state = DAMAGES[damage](buffer_of().state_dict() | {"sampler": buffer.state_dict()["sampler"]})
+    if damage in ("a report of other fields", "a mixture of other fields"):
+        state = DAMAGES[damage](buffer.state_dict())
+    with pytest.raises(ValueError, match=": "):
+        buffer.load_state_dict(state)
+    assert_goes_on(buffer, twin, batches=5)
+
+
+# Damaged files
+
+
+def refused(path: Path) -> bool:
+    began = time.perf_counter()
+    with pytest.raises(ValueError, match="^path: expected"):
+        ClusteredReplayBuffer.load(path)
+    return time.perf_counter() - began < 1
+
+
+def test_two_thousand_damaged_files_are_refused(tmp_path: Path) -> None:
+    buffer = buffer_of()
+    buffer.sample(64)
+    whole, damaged = tmp_path / "whole", tmp_path / "damaged"
+    buffer.save(whole)
+    content = whole.read_bytes()
+    draw = random.Random(0)
+    header = 8 + struct.unpack("<Q", content[:8])[0]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for case in range(2000):
+        changed = bytearray(content)
+        if case % 4 == 0:
+            changed = changed[: draw.randrange(len(changed))]
+        else:
+            reach = (8, header, len(content))[case % 4 - 1]  # the length, the header, anywhere
+            for _ in range(draw.choice((1, 1, 3, 100))):
+                changed[draw.randrange(reach)] ^= 1 << draw.randrange(8)
+        if bytes(changed) == content:
+            continue
+        damaged.write_bytes(changed)
+        assert refused(damaged), case
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 64 * 1024  # KiB
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        struct.pack("<Q", 2**63) + b"{}",
+        struct.pack("<Q", 2**40),
+        struct.pack("<Q", 99_000_000) + b"{" + b" " * 100,
+        b"",
+        b"not one of ours at all",
+    ],
+)
+def test_hostile_headers_are_refused(header: bytes, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(header)
+    assert refused(tmp_path / "file")
+
+
+@pytest.mark.parametrize("claim", ["tensor", "capacity", "depth"])
+def test_files_that_claim_huge_sizes_with_a_right_checksum_are_refused(claim: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    state = buffer_of().state_dict()
+    if claim == "capacity":
+        state["options"]["capacity"] = 10**14
+        state["storage"]["capacity"] = 10**14
+    checkpoint.save(path, "ClusteredReplayBuffer", state)
+    if claim != "capacity":
+        content = path.read_bytes()
+        size = struct.unpack("<Q", content[:8])[0]
+        header = json.loads(content[8 : 8 + size])
+        if claim == "tensor":
+            name = next(key for key in header if key != "__metadata__")
+            header[name]["shape"] = [2**40]
+        else:
+            header["__metadata__"]["document"] = "[" * 100_000
+        text = json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + size :])
+        assert refused(path)
+    else:
+        with pytest.raises(ValueError, match="^capacity: expected one whose rows fit the memory"):
+            ClusteredReplayBuffer.load(path)
+
+
+def test_files_of_another_kind_version_or_maker_are_refused_by_name(tmp_path: Path, monkeypatch: Any) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "file"
+    checkpoint.save(path, "Something", {"a": 1})
+    with pytest.raises(ValueError, match="kind 'ClusteredReplayBuffer', got 'Something'"):
+        ClusteredReplayBuffer.load(path)
+    save_file({"x": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match="^path: expected a file of c4buffer, got another one"):
+        ClusteredReplayBuffer.load(path)
+    monkeypatch.setattr(checkpoint, "VERSION", 2)
+    buffer_of().save(path)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="version 1, got 2"):
+        ClusteredReplayBuffer.load(path)
+    with pytest.raises(FileNotFoundError):
+        ClusteredReplayBuffer.load(tmp_path / "nothing")
+
+
+def test_only_tensors_and_plain_values_are_saved(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="^state.a.1: expected a tensor, .* got GaussianMixture$"):
+        checkpoint.save(tmp_path / "file", "kind", {"a": [1, GaussianMixture(2)]})
+    assert list(tmp_path.iterdir()) == []
+
+
+# Saving that fails
+
+SAVER = """
+import sys, torch
+from c4buffer import ClusteredReplayBuffer, Transitions
+rows = torch.zeros(3000, 4)
+buffer = ClusteredReplayBuffer(3000, seed=0)
+buffer.extend(Transitions(observations=rows, actions=rows, rewards=rows[:, 0], next_observations=rows,
+                          terminals=rows[:, 0]))
+number = 0
+while True:
+    number += 1
+    buffer._batches = number
+    buffer.save(sys.argv[1])
+    print(number, flush=True)
+"""
+
+
+@pytest.mark.parametrize("kills", [3])
+def test_a_process_killed_while_it_saves_leaves_one_of_the_last_two_states(kills: int, tmp_path: Path) -> None:
+    path = tmp_path / "buffer"
+    draw = random.Random(0)
+    for _ in range(kills * int(os.environ.get("C4BUFFER_KILLS", "1"))):
+        command = [sys.executable, "-c", SAVER, str(path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as saver:
+            assert saver.stdout is not None
+            saver.stdout.readline()
+            time.sleep(draw.uniform(0, 0.2))
+            saver.send_signal(signal.SIGKILL)
+            printed = saver.stdout.read().split()
+        last = int(printed[-1]) if printed else 1
+        assert ClusteredReplayBuffer.load(path)._batches in (last, last + 1)
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "buffer"
+    buffer_of().save(path)
+    old = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(old) // 2, hard))
+    try:
+        with pytest.raises(OSError, match="buffer"):
+            buffer_of().save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == old
+    assert [file.name for file in tmp_path.iterdir()] == ["buffer"]
+
+
+@pytest.mark.parametrize("refusal", ["mkstemp", "replace"])
+def test_a_folder_that_refuses_leaves_the_old_file(refusal: str, tmp_path: Path, monkeypatch: Any) -> None:
+    path = tmp_path / "buffer"
+    buffer_of().save(path)
+    old = path.read_bytes()
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(tmp_path))
+
+    module = checkpoint.tempfile if refusal == "mkstemp" else checkpoint.os
+    monkeypatch.setattr(module, refusal, refuse)
+    with pytest.raises(PermissionError):
+        buffer_of().save(path)
+    assert path.read_bytes() == old
+    assert [file.name for file in tmp_path.iterdir()] == ["buffer"]
+
+
+def test_a_missing_folder_is_the_systems_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        buffer_of().save(tmp_path / "nowhere" / "buffer")
+
+
+def test_a_new_file_has_the_usual_permissions_and_an_old_one_keeps_its_own(tmp_path: Path) -> None:
+    path, usual = tmp_path / "buffer", tmp_path / "usual"
+    usual.write_text("")
+    buffer_of().save(path)
+    assert path.stat().st_mode == usual.stat().st_mode
+    path.chmod(0o600)
+    buffer_of().save(path)
+    assert path.stat().st_mode & 0o777 == 0o600
