@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import shutil
+import tempfile
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal, Union
 
 import torch
@@ -58,7 +63,10 @@ class ClusteredReplayBuffer:
             member there, and is drawn in proportion to its size. Gives up uniformity: late transitions are drawn more
             often. Clusters are hard then, and need `replacement`.
         device: of the sampled batches.
-        storage: "memory" keeps the transitions in RAM, "device" on `device`.
+        storage: "memory" keeps the transitions in RAM, "device" on `device`, "memmap" in files, which may be larger
+            than the RAM.
+        folder: for "memmap", where the files are made; None for the system's place for temporary ones. They go with the
+            buffer: `save` is what keeps data.
         seed: of the buffer's own generator. None: torch.initial_seed(). Global generators are not touched.
 
     >>> t = Transitions(observations=torch.randn(100, 3), actions=torch.randn(100, 1), rewards=torch.zeros(100),
@@ -84,7 +92,8 @@ class ClusteredReplayBuffer:
         replacement: bool = True,
         trajectory_tail: bool = False,
         device: torch.device | str = "cpu",
-        storage: Literal["memory", "device"] = "memory",
+        storage: Literal["memory", "device", "memmap"] = "memory",
+        folder: str | os.PathLike[str] | None = None,
         seed: int | None = None,
     ) -> None:
         check_integer("capacity", capacity, minimum=1)
@@ -98,7 +107,10 @@ class ClusteredReplayBuffer:
         check_choice("assignment", assignment, ("soft", "hard"))
         if trajectory_tail and not replacement:
             fail("trajectory_tail", "replacement=True, as a transition can be in several clusters", "replacement=False")
-        check_choice("storage", storage, ("memory", "device"))
+        check_choice("storage", storage, ("memory", "device", "memmap"))
+        if folder is not None and (storage != "memmap" or not Path(folder).is_dir()):
+            expected = "a folder that exists" if storage == "memmap" else "None, unless storage is 'memmap'"
+            fail("folder", expected, repr(os.fspath(folder)))
         if seed is not None:
             check_integer("seed", seed, minimum=0)
 
@@ -112,6 +124,7 @@ class ClusteredReplayBuffer:
         self._clusterer = ReducedClusterer(clusterer, max_dim=max_dim, reduction=reduction)
         self._embedding = embedding
         self._refresh_policy = refresh
+        self._folder = folder
         self._storage = self._new_storage(storage)
         self._trajectories = Trajectories(capacity) if trajectory_tail else None
         self._sampler = SingleClusterSampler(
@@ -137,7 +150,14 @@ class ClusteredReplayBuffer:
         }
 
     def _new_storage(self, storage: str) -> RingStorage:
-        return RingStorage(self.capacity, device=self.device if storage == "device" else torch.device("cpu"))
+        device = self.device if storage == "device" else torch.device("cpu")
+        if storage != "memmap":
+            return RingStorage(self.capacity, device=device)
+        # A folder of its own inside the one given, so that a state can be loaded beside what is held.
+        folder = Path(tempfile.mkdtemp(prefix="c4buffer-", dir=self._folder))
+        ring = RingStorage(self.capacity, device=device, folder=folder)
+        weakref.finalize(ring, shutil.rmtree, folder, ignore_errors=True)
+        return ring
 
     @classmethod
     def from_transitions(cls, transitions: Transitions, **options: Any) -> ClusteredReplayBuffer:
@@ -237,6 +257,20 @@ class ClusteredReplayBuffer:
         self._batches += 1
         batch = self._storage.gather(slots, cluster=cluster)
         return batch if self._storage.device == self.device else batch.to(self.device)
+
+    def batches(self, batch_size: int, *, steps: int | None = None) -> Iterator[Transitions]:
+        """`steps` batches, one after the other, as `sample` gives them; without end where `steps` is None.
+
+        >>> rows = torch.zeros(10, 1)
+        >>> data = Transitions(observations=rows, actions=rows, rewards=rows, next_observations=rows, terminals=rows)
+        >>> buffer = ClusteredReplayBuffer.from_transitions(data)
+        >>> [len(batch) for batch in buffer.batches(4, steps=2)]
+        [4, 4]
+        """
+        if steps is not None:
+            check_integer("steps", steps, minimum=0)
+        self._sampler.check(batch_size)
+        return (self.sample(batch_size) for _ in (itertools.count() if steps is None else range(steps)))
 
     def refresh(self, critics: Critics | None = None) -> RefreshReport:
         """Cluster all transitions by the critics given, or by those attached. When it fails, batches go on as before.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,11 +24,14 @@ class RingStorage:
     Args:
         capacity: rows.
         device: where the rows live.
+        folder: keep them in files there, which may be larger than the memory; None for memory. Files that are there
+            already are not touched. The files are the ring's own and are no checkpoint.
     """
 
-    def __init__(self, capacity: int, *, device: torch.device) -> None:
+    def __init__(self, capacity: int, *, device: torch.device, folder: Path | None = None) -> None:
         self.capacity = capacity
         self.device = device
+        self.folder = folder
         self.written = 0  # rows ever written; row j of them is in slot j % capacity
         self._rows: dict[torch.dtype, Tensor] = {}  # [capacity, floats of all fields]
         self._widths: dict[torch.dtype, list[int]] = {}
@@ -114,8 +119,10 @@ class RingStorage:
                 for value in columns.values()
                 for leaf in observation_leaves(value)
             )
-            if needed > free_bytes(self.device):
-                fail("capacity", f"one whose rows fit the memory of {self.device}", f"{needed / 2**30:.1f} GiB")
+            room = free_bytes(self.device) if self.folder is None else shutil.disk_usage(self.folder).free
+            if needed > room:
+                where = f"the memory of {self.device}" if self.folder is None else f"the disk of {self.folder}"
+                fail("capacity", f"one whose rows fit {where}", f"{needed / 2**30:.1f} GiB")
             self._allocate(Transitions.unchecked(columns))
             for dtype, rows in self._rows.items():
                 saved = state["rows"][_name(dtype)]
@@ -129,10 +136,7 @@ class RingStorage:
         for _, value in transitions.columns():
             for leaf in observation_leaves(value):
                 self._widths.setdefault(leaf.dtype, []).append(math.prod(leaf.shape[1:]))
-        self._rows = {
-            dtype: torch.empty(self.capacity, sum(widths), dtype=dtype, device=self.device)
-            for dtype, widths in self._widths.items()
-        }
+        self._rows = {dtype: self._allocated(dtype, sum(widths)) for dtype, widths in self._widths.items()}
         views = {dtype: iter(self._rows[dtype].split(widths, dim=1)) for dtype, widths in self._widths.items()}
 
         def view(leaf: Tensor) -> Tensor:
@@ -141,6 +145,15 @@ class RingStorage:
 
         for name, value in transitions.columns():
             self._columns[name] = map_observations(view, value)
+
+    def _allocated(self, dtype: torch.dtype, width: int) -> Tensor:
+        if self.folder is None:
+            return torch.empty(self.capacity, width, dtype=dtype, device=self.device)
+        path = self.folder / f"{_name(dtype)}.rows"
+        if path.exists():
+            fail("folder", "one without the files of another buffer", str(path))
+        rows = torch.from_file(str(path), shared=True, size=self.capacity * width, dtype=dtype)
+        return rows.view(self.capacity, width)
 
     def _check_form(self, transitions: Transitions) -> None:
         for name, stored in self._columns.items():

@@ -579,6 +579,48 @@ def test_n_clusters_and_clusterer_options_reach_the_mixture() -> None:
     assert buffer.mixture.covariance == "diag"
 
 
+def positions(critics: Critics, batch: Transitions) -> Tensor:
+    """Observations and actions: three separate behaviours."""
+    assert isinstance(batch.observations, Tensor)
+    return torch.cat([batch.observations, batch.actions], dim=1)
+
+
+def test_auto_finds_the_three_behaviours_and_looks_again_at_each_refresh() -> None:
+    buffer = buffer_of(transitions(300), capacity=400, n_clusters="auto", embedding=positions)
+    report = buffer.refresh(CRITICS)
+    assert sorted(report.sizes) == pytest.approx([100, 100, 100], abs=0.1)
+    assert buffer.n_clusters == "auto"
+    assert {buffer.sample(8).cluster for _ in range(100)} == {0, 1, 2}
+    buffer.extend(transitions(1200)[::3])  # now all are of one
+    assert len(buffer.refresh(CRITICS).sizes) == 1
+    assert buffer.sample(8).cluster == 0
+
+
+def test_auto_needs_no_more_than_one_transition() -> None:
+    buffer = buffer_of(transitions(1), n_clusters="auto")
+    assert buffer.refresh(CRITICS).sizes == (1,)
+    with pytest.raises(ValueError, match=r"^n_clusters: expected an integer of at least 1, got 'Auto'$"):
+        buffer_of(n_clusters="Auto")
+
+
+def test_a_clusterer_of_ones_own_may_find_its_number_of_clusters() -> None:
+    clusterer = MixtureClusterer("auto", max_clusters=2, warm_start=False)
+    assert len(buffer_of(transitions(300), clusterer=clusterer, embedding=positions).refresh(CRITICS).sizes) == 2
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="each chunk is probed again before it is embedded")
+def test_a_refresh_probes_the_critics_once() -> None:
+    calls: list[int] = []
+
+    def critic(s: Tensor, a: Tensor) -> Tensor:
+        calls.append(len(a))
+        value: Tensor = CRITICS.critic(s, a)
+        return value
+
+    buffer_of(transitions(9000)).refresh(Critics(critic, CRITICS.target))
+    assert calls == [8, 16, 4096, 4096, 808]
+
+
 def test_one_cluster_or_one_transition_can_be_refreshed() -> None:
     buffer = buffer_of(n_clusters=1)
     report = buffer.refresh(CRITICS)

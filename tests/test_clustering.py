@@ -286,7 +286,9 @@ def test_auto_tries_no_more_clusters_than_rows(rows: int) -> None:
     assert 1 <= responsibilities.shape[1] <= rows
 
 
-@pytest.mark.xfail(strict=True, reason="K = 3 and 4 are tried, and each warns that it is lowered to 2")
+@pytest.mark.xfail(
+    strict=True, raises=UserWarning, reason="K = 3 and 4 are tried, and each warns that it is lowered to 2"
+)
 def test_auto_does_not_warn_of_clusters_that_nobody_asked_for() -> None:
     X = torch.tensor([[0.0], [1.0]]).repeat(20, 1)
     assert MixtureClusterer("auto")(X).shape == (40, 2)

@@ -322,22 +322,28 @@ def test_a_warm_clusterer_and_one_policy_for_two_buffers(
     buffers = [
         drifting(make_transitions, make_critic, refresh=policy, clusterer=MixtureClusterer(2))[0] for _ in range(2)
     ]
-    for buffer in (*buffers, *buffers):
-        assert refreshed_at(buffer, 11) in ([0], [])
+    assert [refreshed_at(buffer, 11) for buffer in (*buffers, *buffers)] == [[0], [0], [], []]
 
 
-def test_a_buffer_that_grows_and_wraps_goes_on(
+def test_a_ring_whose_rows_are_all_new_is_due_at_once_and_drift_goes_on_from_there(
     make_transitions: Callable[..., Transitions], make_critic: Callable[..., nn.Module]
 ) -> None:
-    buffer, critic = drifting(make_transitions, make_critic, capacity=320)
-    refreshed_at(buffer, 3)
-    for seed in range(8):
-        buffer.extend(make_transitions(50, seed=seed))
-        buffer.sample(8)
-    buffer.extend(make_transitions(319, seed=9))
-    assert not refreshed_at(buffer, 3)
-    buffer.extend(make_transitions(320, seed=9))  # now every row is new
+    buffer, critic = drifting(make_transitions, make_critic)
+    assert refreshed_at(buffer, 3) == [0]
+    buffer.extend(make_transitions(300, seed=9))
     assert refreshed_at(buffer, 1) == [0]
+    assert refreshed_at(buffer, 17) == []
     with torch.no_grad():
         critic.last.weight.mul_(20)
-    assert len(refreshed_at(buffer, 10)) <= 1
+    assert refreshed_at(buffer, 10) == [4]  # batch 25
+
+
+def test_saved_right_after_a_refresh_it_takes_the_new_reference_when_it_is_loaded() -> None:
+    buffer, policy = FakeBuffer(), OnDrift(1.0, check_every=10)
+    asked(policy, buffer, range(5))
+    buffer.likelihood = -5.0
+    assert asked(policy, buffer, range(5, 11)) == [10]
+    resumed = OnDrift(**policy.options())
+    resumed.load_state_dict(policy.state_dict(), buffer)  # type: ignore[arg-type]
+    for each in (policy, resumed):
+        assert asked(each, buffer, range(11, 41), refresh=False) == []
