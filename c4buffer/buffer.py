@@ -16,7 +16,7 @@ from typing import Any, Literal, Union
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, check_integer, fail
+from ._checks import check_choice, check_integer, check_number, fail
 from .checkpoint import load, save
 from .clustering import Clusterer, MixtureClusterer, ranks_of_means
 from .critics import Critics
@@ -28,7 +28,7 @@ from .reduction import ReducedClusterer, Reduction
 from .refresh import Every, OnDrift, RefreshPolicy, RefreshReport
 from .sampling import SingleClusterSampler
 from .storage import RingStorage
-from .trajectories import Trajectories
+from .trajectories import Successors, Trajectories
 from .transitions import Observations, Transitions
 
 OWN = "the caller's own"  # of an option, in a checkpoint: a callable that no file can hold
@@ -36,7 +36,7 @@ POLICIES = {"Every": Every, "OnDrift": OnDrift}
 # those that the state's meaning depends on
 SAME_OPTIONS = (
     *("capacity", "n_clusters", "embedding", "max_dim", "reduction"),
-    *("assignment", "replacement", "trajectory_tail"),
+    *("assignment", "replacement", "trajectory_tail", "n_steps", "discount"),
 )
 
 
@@ -62,6 +62,10 @@ class ClusteredReplayBuffer:
         trajectory_tail: as in C4's published code, each cluster also holds the rest of each trajectory after its last
             member there, and is drawn in proportion to its size. Gives up uniformity: late transitions are drawn more
             often. Clusters are hard then, and need `replacement`.
+        n_steps: transitions sampled, and clustered, span so many steps: r = sum_k gamma^k r_k, s' and a' those of the
+            last, `intervals` how many there are: fewer where a trajectory ends or the newest row is reached. What is
+            stored must be single steps, trajectory by trajectory.
+        discount: gamma, for `n_steps` above 1.
         device: of the sampled batches.
         storage: "memory" keeps the transitions in RAM, "device" on `device`, "memmap" in files, which may be larger
             than the RAM.
@@ -91,6 +95,8 @@ class ClusteredReplayBuffer:
         assignment: Literal["soft", "hard"] = "soft",
         replacement: bool = True,
         trajectory_tail: bool = False,
+        n_steps: int = 1,
+        discount: float = 0.99,
         device: torch.device | str = "cpu",
         storage: Literal["memory", "device", "memmap"] = "memory",
         folder: str | os.PathLike[str] | None = None,
@@ -107,6 +113,9 @@ class ClusteredReplayBuffer:
         check_choice("assignment", assignment, ("soft", "hard"))
         if trajectory_tail and not replacement:
             fail("trajectory_tail", "replacement=True, as a transition can be in several clusters", "replacement=False")
+        check_integer("n_steps", n_steps, minimum=1)
+        if check_number("discount", discount, minimum=0) > 1:
+            fail("discount", "a number from 0 to 1", repr(discount))
         check_choice("storage", storage, ("memory", "device", "memmap"))
         if folder is not None and (storage != "memmap" or not Path(folder).is_dir()):
             expected = "a folder that exists" if storage == "memmap" else "None, unless storage is 'memmap'"
@@ -127,6 +136,8 @@ class ClusteredReplayBuffer:
         self._folder = folder
         self._storage = self._new_storage(storage)
         self._trajectories = Trajectories(capacity) if trajectory_tail else None
+        self._successors = Successors(capacity) if n_steps > 1 else None
+        self._n_steps, self._discount = n_steps, float(discount)
         self._sampler = SingleClusterSampler(
             generator=self._generator, assignment="hard" if trajectory_tail else assignment, replacement=replacement
         )
@@ -146,6 +157,8 @@ class ClusteredReplayBuffer:
             "assignment": assignment,
             "replacement": replacement,
             "trajectory_tail": trajectory_tail,
+            "n_steps": n_steps,
+            "discount": float(discount),
             "storage": storage,
         }
 
@@ -177,9 +190,12 @@ class ClusteredReplayBuffer:
         """
         if not isinstance(transitions, Transitions):
             fail("transitions", "a Transitions record", type(transitions).__name__)
+        if self._n_steps > 1 and bool((transitions.intervals != 1).any()):
+            fail("intervals", "1, as n_steps makes the others when sampling", float(transitions.intervals.max()))
         slots = self._write(transitions)
-        if self._trajectories is not None:
-            self._trajectories.extend(slots, (transitions.terminals + transitions.timeouts).cpu() > 0)
+        for follower in (self._trajectories, self._successors):
+            if follower is not None:
+                follower.extend(slots, (transitions.terminals + transitions.timeouts).cpu() > 0)
 
     def _write(self, transitions: Transitions) -> Tensor:
         before = len(self)
@@ -236,8 +252,9 @@ class ClusteredReplayBuffer:
             if row is not None and self._storage.holds(row):
                 self._storage.link(row, action)
         done = ((step.terminals + step.timeouts) > 0).cpu()
-        if self._trajectories is not None:
-            self._trajectories.add(slots, done)
+        for follower in (self._trajectories, self._successors):
+            if follower is not None:
+                follower.add(slots, done)
         self._last_rows = {e: first + e for e in range(len(step)) if not done[e]}
 
     def attach(self, critics: Critics) -> None:
@@ -255,8 +272,19 @@ class ClusteredReplayBuffer:
             self.refresh()
         slots, cluster = self._sampler.sample(batch_size)
         self._batches += 1
-        batch = self._storage.gather(slots, cluster=cluster)
+        batch = self._gather(slots, cluster)
         return batch if self._storage.device == self.device else batch.to(self.device)
+
+    def _gather(self, slots: Tensor, cluster: int = -1) -> Transitions:
+        if self._successors is None:
+            return self._storage.gather(slots, cluster=cluster)
+        return self._storage.gather_n_steps(
+            slots, self._successors, n_steps=self._n_steps, discount=self._discount, cluster=cluster
+        )
+
+    def _rows(self, start: int, stop: int) -> Transitions:
+        """To be read at once and not kept."""
+        return self._storage.rows(start, stop) if self._successors is None else self._gather(torch.arange(start, stop))
 
     def batches(self, batch_size: int, *, steps: int | None = None) -> Iterator[Transitions]:
         """`steps` batches, one after the other, as `sample` gives them; without end where `steps` is None.
@@ -285,7 +313,7 @@ class ClusteredReplayBuffer:
         if len(self) < self._fewest_rows:
             fail("n_clusters", f"at most the {len(self)} transitions held", self._fewest_rows)
         started = time.perf_counter()
-        embeddings = embed_rows(self._embedding, critics, len(self), self._storage.rows, device=self.device)
+        embeddings = embed_rows(self._embedding, critics, len(self), self._rows, device=self.device)
         previous = self._sampler.responsibilities if self._sampler.clustered else None
         responsibilities = self._clusterer(embeddings, previous)
         check_responsibilities(responsibilities, len(self))
@@ -331,7 +359,7 @@ class ClusteredReplayBuffer:
             self._embedding,
             critics,
             len(rows),
-            lambda start, stop: self._storage.gather(rows[start:stop]),
+            lambda start, stop: self._gather(rows[start:stop]),
             device=self.device,
         )
         return self._clusterer.log_likelihood_of(embeddings)
@@ -349,6 +377,7 @@ class ClusteredReplayBuffer:
             "sampler": self._sampler.state(),
             "clusterer": self._clusterer.state_dict(),
             "trajectories": None if self._trajectories is None else self._trajectories.state(),
+            "successors": None if self._successors is None else self._successors.state(),
             "policy": policy.state_dict() if isinstance(policy, OnDrift) else None,
             "batches": self._batches,
             "next_refresh": self._next_refresh,
@@ -382,6 +411,9 @@ class ClusteredReplayBuffer:
         trajectories = None if self._trajectories is None else Trajectories(self.capacity)
         if trajectories is not None:
             trajectories.restore(state["trajectories"])
+        successors = None if self._successors is None else Successors(self.capacity)
+        if successors is not None:
+            successors.restore(state["successors"])
         report = None if state["report"] is None else RefreshReport(**state["report"])
         last_rows = {int(environment): int(row) for environment, row in state["last_rows"]}
         batches, next_refresh = int(state["batches"]), int(state["next_refresh"])
@@ -393,7 +425,8 @@ class ClusteredReplayBuffer:
             raise
         self._generator.set_state(sampler.generator.get_state())  # the clusterer draws from it, too
         sampler.generator = self._generator
-        self._storage, self._sampler, self._trajectories = storage, sampler, trajectories
+        self._storage, self._sampler = storage, sampler
+        self._trajectories, self._successors = trajectories, successors
         self._batches, self._next_refresh, self._last_report, self._last_rows = batches, next_refresh, report, last_rows
         if isinstance(self._refresh_policy, OnDrift) and state["policy"] is not None:
             self._refresh_policy.load_state_dict(state["policy"], self)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ._checks import fail
 from .memory import free_bytes
+from .trajectories import Successors
 from .transitions import Transitions, map_observations, observation_leaves, with_leaves
 
 
@@ -90,6 +91,35 @@ class RingStorage:
             for name, value in self._columns.items()
         }
         return Transitions.unchecked(columns, indices=index, cluster=cluster)
+
+    def gather_n_steps(
+        self, slots: Tensor, successors: Successors, *, n_steps: int, discount: float, cluster: int = -1
+    ) -> Transitions:
+        """n-step transitions from the rows in `slots`, of fewer steps where the trajectory ends or has no more rows.
+
+        r = sum_k gamma^k r_k; s', a', and the flags are the last row's; `intervals` is the number of steps.
+        """
+        first = self.gather(slots, cluster=cluster)
+        here = slots
+        rewards, intervals = first.rewards.clone(), first.intervals.clone()
+        going = torch.ones(len(slots), dtype=torch.bool)
+        for step in range(1, n_steps):
+            on_device = here.to(self.device)
+            ended = (self._columns["terminals"][on_device] + self._columns["timeouts"][on_device]).cpu() > 0
+            following = successors.of(here)
+            going = going & ~ended & (following >= 0)
+            if not bool(going.any()):
+                break
+            here = torch.where(going, following, here)
+            alive = going.to(rewards)
+            rewards += discount**step * alive * self._columns["rewards"][here.to(self.device)]
+            intervals += alive.to(intervals)
+        end = self.gather(here)
+        columns = dict(first.columns())
+        for name in ("next_observations", "terminals", "timeouts", "next_actions", "has_next_actions"):
+            columns[name] = getattr(end, name)
+        columns.update(rewards=rewards, intervals=intervals)
+        return Transitions.unchecked(columns, indices=first.indices, cluster=cluster)
 
     def rows(self, start: int, stop: int) -> Transitions:
         """The rows in slots start to stop, as views: to be read at once and not kept."""

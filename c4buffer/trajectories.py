@@ -1,4 +1,4 @@
-"""Which trajectory each row of a ring belongs to, and what the published code's clusters take of it."""
+"""Which trajectory each row of a ring belongs to, which row comes next in it, and what clusters take of it."""
 
 from __future__ import annotations
 
@@ -69,6 +69,65 @@ class Trajectories:
     def of(self, rows: int) -> tuple[Tensor, Tensor]:
         """Numbers and times of the first `rows` slots, int64 each."""
         return self._numbers[:rows], self._times[:rows]
+
+
+class Successors:
+    """Of each slot of a ring, the slot of the next row in the same trajectory; -1 where there is none (yet).
+
+    A row is overwritten before its successor is, so that a link never leads to a row of another trajectory.
+
+    Args:
+        capacity: slots.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._next = torch.full((capacity,), -1)
+        self._written = 0  # row j of all that were ever written is in slot j % capacity
+        self._open: dict[int, int] = {}  # the last row of each environment that is under way; -1 is that of `extend`
+
+    def extend(self, slots: Tensor, ends: Tensor) -> None:
+        """Rows one after the other, `ends` [M] where a trajectory's last is; the first goes on with what is open."""
+        self._written += len(ends)
+        if len(slots) == len(ends):
+            self._link(self._open.get(-1), int(slots[0]))
+        ends = ends[len(ends) - len(slots) :]
+        self._next[slots] = torch.cat([torch.where(ends[:-1], -1, slots[1:]), torch.tensor([-1])])
+        self._close(-1, self._written - 1, bool(ends[-1]))
+
+    def add(self, slots: Tensor, ends: Tensor) -> None:
+        """One row of each environment, `ends` [E] where its trajectory ends."""
+        first = self._written
+        self._written += len(ends)
+        self._next[slots] = -1
+        for environment, end in enumerate(ends.tolist()):
+            row = first + environment
+            if row >= self._written - len(self._next):  # not overwritten by the same step's rows
+                self._link(self._open.get(environment), row % len(self._next))
+            self._close(environment, row, end)
+
+    def _link(self, row: int | None, slot: int) -> None:
+        if row is not None and row >= self._written - len(self._next):
+            self._next[row % len(self._next)] = slot
+
+    def _close(self, environment: int, row: int, end: bool) -> None:
+        if end:
+            self._open.pop(environment, None)
+        else:
+            self._open[environment] = row
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        open_ = [[environment, row] for environment, row in self._open.items()]
+        return {"next": self._next, "written": self._written, "open": open_}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take what `state` gave."""
+        self._next.copy_(state["next"])
+        self._written, self._open = state["written"], dict(state["open"])
+
+    def of(self, slots: Tensor) -> Tensor:
+        """The successors [M] of some slots."""
+        return self._next[slots]
 
 
 def with_tails(labels: Tensor, n_clusters: int, numbers: Tensor, times: Tensor) -> Tensor:

@@ -778,7 +778,7 @@ def test_an_empty_buffer_has_nothing_to_sample(attached: bool) -> None:
         ("refresh", 1000, "a callable or None, got 1000"),
         ("clusterer", "kmeans", "a callable or None, got 'kmeans'"),
         ("assignment", "firm", "one of 'soft', 'hard', got 'firm'"),
-        ("storage", "disk", "one of 'memory', 'device', got 'disk'"),
+        ("storage", "disk", "one of 'memory', 'device', 'memmap', got 'disk'"),
         ("seed", -1, "an integer of at least 0, got -1"),
     ],
 )

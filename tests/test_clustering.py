@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import c4buffer.clustering
 from c4buffer import GaussianMixture, MixtureClusterer
 from c4buffer.clustering import ranks_of_means
 from c4buffer.scaling import column_scaling
@@ -272,6 +274,32 @@ def test_auto_is_the_lowest_bic_of_all_until_two_more_are_no_better(seed: int, c
     matrices = {"full": k * 10, "diag": k * 4, "tied": 10}[covariance]
     by_hand = -2 * rows * auto.mixture.log_likelihood + (k - 1 + 4 * k + matrices) * math.log(rows)
     assert bics[best] == pytest.approx(by_hand, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("bics", "best"),
+    [
+        ([10, 11, 9, 12, 13, 1], 3),  # the last is not tried
+        ([10, 11, 12, 1], 1),
+        ([10, 11, 9, 10, 8, 7], 6),
+        ([10, 10, 10, 1], 1),
+        ([10], 1),
+    ],
+)
+def test_auto_stops_after_two_that_are_no_better(bics: list[float], best: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Told:
+        """A mixture with one free parameter and the BIC that it is told to have."""
+
+        def __init__(self, n_components: int, **options: Any) -> None:
+            self.n_components = n_components
+
+        def fit(self, X: Tensor, *, initial: Any) -> SimpleNamespace:
+            likelihood = (math.log(len(X)) - bics[self.n_components - 1]) / (2 * len(X))
+            responsibilities = torch.full((len(X), self.n_components), 1 / self.n_components)
+            return SimpleNamespace(log_likelihood=likelihood, free_parameters=1, responsibilities=responsibilities)
+
+    monkeypatch.setattr(c4buffer.clustering, "GaussianMixture", Told)
+    assert MixtureClusterer("auto", max_clusters=len(bics))(blobs()).shape == (300, best)
 
 
 @pytest.mark.parametrize("max_clusters", [1, 2, 3])

@@ -219,6 +219,20 @@ def test_rows_overwritten_since_count_as_new_ones() -> None:
     assert sampler.sample(8)[1] == -1
 
 
+@pytest.mark.parametrize("sampled_before", [True, False])
+def test_rows_overwritten_before_the_first_batch_count_as_new_ones_too(sampled_before: bool) -> None:
+    labels, numbers = random_case()
+    members = tails_of(labels, 3, numbers)
+    sampler = sampler_of(one_hot(labels, 3), numbers)
+    if sampled_before:
+        sampler.sample(8)
+    assert set(labels[:8].tolist()) == set(labels[8:20].tolist()) == {0, 1, 2}  # the last members are still there
+    sampler.overwrite(torch.arange(8))
+    _, r, _ = sampler.partition_for(1)
+    torch.testing.assert_close(r[8:], members[8:])
+    torch.testing.assert_close(r[:8], members[8:].mean(dim=0).expand(8, 3))
+
+
 def test_a_cluster_too_small_for_the_batch_is_dissolved_before_the_tails() -> None:
     labels, numbers = random_case()
     labels[labels == 2] = 1
