@@ -23,7 +23,7 @@ from .critics import Critics
 from .embedding import EMBEDDINGS, Embedding, embed_rows
 from .losses.covariance import decompose_cross_covariance
 from .mixture import MixtureResult
-from .partition import check_responsibilities
+from .partition import check_responsibilities, check_rows
 from .reduction import ReducedClusterer, Reduction
 from .refresh import Every, OnDrift, RefreshPolicy, RefreshReport
 from .sampling import SingleClusterSampler
@@ -130,7 +130,9 @@ class ClusteredReplayBuffer:
         self._fewest_rows = n_clusters if clusterer is None and isinstance(n_clusters, int) else 1
         own_clusterer = clusterer is not None
         clusterer = clusterer or MixtureClusterer(n_clusters, generator=self._generator, warm_start=False)
-        self._clusterer = ReducedClusterer(clusterer, max_dim=max_dim, reduction=reduction)
+        if not isinstance(clusterer, ReducedClusterer):  # nothing is reduced twice
+            clusterer = ReducedClusterer(clusterer, max_dim=max_dim, reduction=reduction)
+        self._clusterer = clusterer
         self._embedding = embedding
         self._refresh_policy = refresh
         self._folder = folder
@@ -190,6 +192,8 @@ class ClusteredReplayBuffer:
         """
         if not isinstance(transitions, Transitions):
             fail("transitions", "a Transitions record", type(transitions).__name__)
+        if len(transitions) == 0:
+            return
         if self._n_steps > 1 and bool((transitions.intervals != 1).any()):
             fail("intervals", "1, as n_steps makes the others when sampling", float(transitions.intervals.max()))
         slots = self._write(transitions)
@@ -355,6 +359,9 @@ class ClusteredReplayBuffer:
         if not self._sampler.clustered:
             fail("log_likelihood_of", "a refresh before it", "no clusters")
         rows = rows.cpu()
+        check_rows("rows", rows, len(self))
+        if len(rows) == 0:
+            fail("rows", "at least one index", "none")
         embeddings = embed_rows(
             self._embedding,
             critics,
@@ -521,9 +528,8 @@ def map_leaves(function: Callable[[Any], Tensor], observations: Any) -> Observat
 
 def _outline_of(policy: RefreshPolicy | None) -> Any:
     """A refresh policy in plain values; OWN for one that is not ours."""
-    for name, known in POLICIES.items():
-        if type(policy) is known:
-            return {"policy": name, "options": policy.options()}
+    if isinstance(policy, (Every, OnDrift)) and type(policy) in POLICIES.values():
+        return {"policy": type(policy).__name__, "options": policy.options()}
     return None if policy is None else OWN
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import fields
 from typing import Any, Literal, Protocol
 
@@ -102,7 +103,12 @@ class MixtureClusterer:
                 break
             # K may have been lowered the last time
             fits = last is not None and last.means.shape == (gaussian_mixture.n_components, embeddings.shape[1])
-            result = gaussian_mixture.fit(embeddings, initial=last if fits else None)
+            with warnings.catch_warnings():
+                if self.n_clusters == "auto":  # nobody asked for so many
+                    warnings.simplefilter("ignore", UserWarning)
+                result = gaussian_mixture.fit(embeddings, initial=last if fits else None)
+            if result.responsibilities.shape[1] < gaussian_mixture.n_components and best is not None:
+                break
             bic = -2 * rows * result.log_likelihood + result.free_parameters * math.log(rows)
             best, lowest, worse = (result, bic, 0) if bic < lowest or best is None else (best, lowest, worse + 1)
             if worse == 2:
@@ -137,7 +143,7 @@ def ranks_of_means(embeddings: Tensor, responsibilities: Tensor) -> Tensor:
     clusters = responsibilities.shape[1]
     mass = responsibilities.sum(dim=0).clamp(min=torch.finfo(responsibilities.dtype).tiny).unsqueeze(1)
     parts = zip(embeddings.split(CHUNK_ROWS), responsibilities.split(CHUNK_ROWS))
-    means = sum(r.T @ ((part - mean) / scale) for part, r in parts) / mass  # [K, E]
+    means = sum(r.T.to(part) @ ((part - mean) / scale) for part, r in parts) / mass.to(mean)  # [K, E]
     dtype = torch.uint8 if clusters <= 256 else torch.int16
     ranks = torch.empty(len(embeddings), clusters, dtype=dtype, device=embeddings.device)
     for part, rank in zip(embeddings.split(CHUNK_ROWS), ranks.split(CHUNK_ROWS)):

@@ -19,6 +19,7 @@ from .networks import modules_behind
 from .transitions import Observations, Transitions, observation_leaves, with_leaves
 
 CHUNK_ROWS = 4096  # rows whose gradients are taken at once: the activations of a 256-wide layer fit the cache
+FEW_ROWS = 512  # a batch that is taken whole
 PROBE_ROWS = 8
 
 
@@ -204,7 +205,7 @@ def stacked_gradients(critics: Critics, batch: Transitions, *, chunk_size: int |
     Raises:
         ValueError: if a critic returns another shape than `Critics` names, or a value or gradient is not finite.
     """
-    return _in_chunks(_stacked_gradients_of_chunk, critics, batch, chunk_size)
+    return _in_chunks(_stacked_gradients_of_chunk, critics, batch, chunk_size, "gradients")
 
 
 def stacked_features(critics: Critics, batch: Transitions, *, chunk_size: int | None = None) -> Tensor:
@@ -216,11 +217,12 @@ def stacked_features(critics: Critics, batch: Transitions, *, chunk_size: int | 
     Raises:
         ValueError: if there are no features to read, or they are not [B, F] and finite.
     """
-    return _in_chunks(_stacked_features_of_chunk, critics, batch, chunk_size)
+    return _in_chunks(_stacked_features_of_chunk, critics, batch, chunk_size, "features")
 
 
-def rows_for(critics: Critics, batch: Transitions) -> int:
+def rows_for(critics: Critics, batch: Transitions, embedding: str = "gradients") -> int:
     """How many rows like these to embed at once: by what the networks make of a few of them, and by the free memory."""
+    read = _stacked_gradients_of_chunk if embedding == "gradients" else _stacked_features_of_chunk
     if len(batch) < 2 * PROBE_ROWS:
         return CHUNK_ROWS
     created = []
@@ -228,7 +230,7 @@ def rows_for(critics: Critics, batch: Transitions) -> int:
         eagerly = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
         with critics.evaluating(), eagerly, _Created() as bytes_created:
             try:
-                _stacked_gradients_of_chunk(critics, batch[:rows])
+                read(critics, batch[:rows])
             except Exception:  # whatever is wrong is said by the pass itself, of all the rows
                 return CHUNK_ROWS
         created.append(bytes_created.total)
@@ -252,10 +254,14 @@ class _Created(TorchDispatchMode):
 
 
 def _in_chunks(
-    read: Callable[[Critics, Transitions], Tensor], critics: Critics, batch: Transitions, chunk_size: int | None
+    read: Callable[[Critics, Transitions], Tensor],
+    critics: Critics,
+    batch: Transitions,
+    chunk_size: int | None,
+    embedding: str,
 ) -> Tensor:
     if chunk_size is None:
-        chunk_size = rows_for(critics, batch)
+        chunk_size = len(batch) if len(batch) <= FEW_ROWS else rows_for(critics, batch, embedding)
     check_integer("chunk_size", chunk_size, minimum=1)
     if len(batch) <= chunk_size:
         with critics.evaluating():

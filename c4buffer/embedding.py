@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Literal, Union
 
@@ -15,7 +16,7 @@ from .transitions import Transitions
 Embed = Callable[[Critics, Transitions], Tensor]
 Embedding = Union[Literal["gradients", "features"], Embed]
 
-EMBEDDINGS: dict[str, Embed] = {"gradients": stacked_gradients, "features": stacked_features}
+EMBEDDINGS: dict[str, Callable[..., Tensor]] = {"gradients": stacked_gradients, "features": stacked_features}
 
 
 def embed_rows(
@@ -32,8 +33,8 @@ def embed_rows(
         ValueError: for a callable that returns something else, or values that are not finite.
     """
     if isinstance(embedding, str):
-        embed = EMBEDDINGS[embedding]
-        size = rows_for(critics, read(0, min(2 * PROBE_ROWS, rows)).to(device))
+        size = rows_for(critics, read(0, min(2 * PROBE_ROWS, rows)).to(device), embedding)
+        embed: Embed = functools.partial(EMBEDDINGS[embedding], chunk_size=size)
     else:
         embed, size = embedding, CHUNK_ROWS
     embeddings: Tensor | None = None

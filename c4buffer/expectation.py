@@ -277,15 +277,18 @@ def _blocks(columns: int) -> Iterator[tuple[int, int]]:
 
 
 def cholesky(covariances: Tensor) -> Tensor:
-    """Lower factors of [K, E, E]; what is not positive definite gets a jitter that grows tenfold until it is."""
+    """Lower factors of [K, E, E]; what is not positive definite gets a jitter that grows tenfold until it is.
+
+    The jitter is relative to each variance (and to 1 where that is zero), so that it depends on no column's unit.
+    """
     lower, info = torch.linalg.cholesky_ex(covariances)
-    scale = covariances.diagonal(dim1=-2, dim2=-1).mean(dim=1).abs().clamp(min=torch.finfo(covariances.dtype).tiny)
-    eye = torch.eye(covariances.shape[1], dtype=covariances.dtype, device=covariances.device)
+    variances = covariances.diagonal(dim1=-2, dim2=-1).abs()
+    scale = torch.where(variances > 0, variances, torch.ones_like(variances))
     jitter, amount = 1e-12, torch.zeros_like(scale)
     while bool((info != 0).any()):
         check_finite("covariances", covariances)  # no jitter would ever help
-        amount = torch.where(info != 0, jitter * scale, amount)  # what has enough keeps it
-        lower, info = torch.linalg.cholesky_ex(covariances + amount.view(-1, 1, 1) * eye)
+        amount = torch.where(info.unsqueeze(1) != 0, jitter * scale, amount)  # what has enough keeps it
+        lower, info = torch.linalg.cholesky_ex(covariances + amount.diag_embed())
         jitter *= 10
     factors: Tensor = lower
     return factors

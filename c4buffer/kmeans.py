@@ -23,10 +23,10 @@ def kmeans(X: Tensor, n_clusters: int, *, generator: torch.Generator) -> Tensor:
     while len(drawn) < n_clusters:
         drawn.append(X[row])
         nearest = torch.minimum(nearest, _squared_distances(X, drawn[-1].unsqueeze(0))[:, 0])
-        cumulative = torch.cumsum(nearest, dim=0, dtype=torch.float64)
+        cumulative = nearest.cpu().double().cumsum(dim=0)  # a GPU sums in an order of its own each time
         if float(cumulative[-1]) == 0:
             break
-        u = torch.rand((), generator=generator, dtype=torch.float64).to(X.device) * cumulative[-1]
+        u = torch.rand((), generator=generator, dtype=torch.float64) * cumulative[-1]
         row = min(int(torch.searchsorted(cumulative, u, right=True)), len(X) - 1)
     centres = torch.stack(drawn)
     for _ in range(LLOYD_STEPS):

@@ -73,7 +73,7 @@ class MixtureResult:
             weights=self.weights.double(),
             means=shift + scale * self.means.double(),
             covariances=self.covariances.double() * outer,
-            log_likelihood=self.log_likelihood - float(scale.log().sum()),
+            log_likelihood=self.log_likelihood - float(scale.abs().log().sum()),
         )
 
     def _explain(self, X: Tensor) -> tuple[Tensor, float]:
@@ -109,6 +109,7 @@ class GaussianMixture:
             1). The regularisation is then in squared units of those; the result is in X's units, in float64.
         process_group: a torch.distributed group whose ranks each hold some of the rows and all call `fit`. The moments
             are summed over the ranks, and each ends with the mixture of the union and its own rows' responsibilities.
+            All ranks must start alike (`initial`), and an error on one leaves the others waiting.
 
     >>> x = torch.cat([torch.randn(50, 2) - 5, torch.randn(50, 2) + 5])
     >>> sorted(GaussianMixture(2).fit(x).weights.tolist())
@@ -157,8 +158,9 @@ class GaussianMixture:
         """
         X = _checked_rows(X)
         largest = torch.finfo(X.dtype).max
-        # standardised columns span at most sqrt(N)
-        limit = largest / 4 if self.standardize else (largest / X.numel()) ** 0.5
+        # standardised columns span at most sqrt(N), but their variance is taken in float64
+        squares = torch.finfo(torch.float64).max if self.standardize else largest
+        limit = min(largest / 4, (squares / X.numel()) ** 0.5)
         lowest, highest = X.aminmax()
         spread = float(highest - lowest)
         if spread > limit:  # of one column perhaps not, but that takes longer to find out

@@ -27,7 +27,7 @@ class ReducedClusterer:
             standardised and reduced alike on all its ranks.
         max_dim: M, at least 1.
         reduction: "projection": Gaussian random directions, which keep distances to about 1 / sqrt(M); "pca": the M
-            directions of the largest variance.
+            directions of the largest variance, anew at each call, so that the clusterer starts anew as well.
         seed: of the random directions.
     """
 
@@ -57,7 +57,9 @@ class ReducedClusterer:
             check_finite("embeddings", embeddings)
             reduction = self._found(embeddings)
             reduced = _reduced(embeddings, *reduction)
-        responsibilities = self.clusterer(reduced, previous)
+        # Principal directions turn from call to call: what was found in the old ones says nothing in the new.
+        known = previous if reduction is None or self.reduction == "projection" else None
+        responsibilities = self.clusterer(reduced, known)
         self._map = reduction  # not before: a clusterer that fails keeps the mixture that it had
         return responsibilities
 

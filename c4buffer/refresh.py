@@ -23,7 +23,8 @@ class RefreshReport:
         sizes: N p_z, the number of transitions in each cluster (fractional when soft).
         probabilities: p_z.
         iterations: EM steps; 0 for a clusterer that does not tell.
-        log_likelihood: mean over the transitions, of the embeddings in their own units; NaN likewise.
+        log_likelihood: mean over the transitions, of the embeddings in their own units, or of what they were reduced
+            to; NaN likewise.
         seconds: wall time of embedding, clustering and assigning.
         total, within, between: Frobenius norms of C = Cov(g', g) over all transitions, of E[C_Z] and of
             Cov(mu'_Z, mu_Z) (Theorem 2). NaN for an embedding that is not a pair, and for a single transition.
@@ -73,8 +74,8 @@ class OnDrift:
 
     A probe set of transitions is drawn once, or at each refresh while the buffer holds too few. After each refresh the
     mean log-likelihood of its embeddings under the new mixture is noted; when, later, fresh embeddings of the same
-    transitions are less likely by more than the threshold, it is time. Rescaled gradients count as drift, as they
-    should: the clusters' shares change with them.
+    transitions are less likely by more than the threshold, it is time. Gradients that grow together count as drift,
+    though the clusters may still be good; those that shrink may not.
 
     One policy serves one buffer; given to another, it starts anew.
 

@@ -86,6 +86,8 @@ class SingleClusterSampler:
         """Rows [M] hold new transitions."""
         rows = rows.unique()
         if self._partition is not None:
+            if self._trajectories is not None and self._partition.tailed is None:
+                self._partition.tailed = self._partition.with_tails(*self._trajectories)  # while all members are known
             self._partition.forget(rows)
             if self._partition.assigned == 0:
                 self._partition = None
@@ -111,6 +113,8 @@ class SingleClusterSampler:
                 to its size, and rows are not equally likely. For assignment="hard" with replacement.
         """
         check_responsibilities(responsibilities, self.size)
+        if trajectories is not None and not (self.replacement and self.assignment == "hard"):
+            fail("trajectories", "None, unless assignment='hard' with replacement", "some")
         r = torch.empty(responsibilities.shape[1], self.size, dtype=responsibilities.dtype)
         for start, part in zip(range(0, self.size, BLOCK_ROWS), responsibilities.detach().split(BLOCK_ROWS)):
             if self.assignment == "hard":

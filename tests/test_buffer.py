@@ -608,7 +608,6 @@ def test_a_clusterer_of_ones_own_may_find_its_number_of_clusters() -> None:
     assert len(buffer_of(transitions(300), clusterer=clusterer, embedding=positions).refresh(CRITICS).sizes) == 2
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="each chunk is probed again before it is embedded")
 def test_a_refresh_probes_the_critics_once() -> None:
     calls: list[int] = []
 
