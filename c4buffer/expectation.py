@@ -257,7 +257,7 @@ class _Moments(NamedTuple):
         """
         weighted = differences * responsibilities.unsqueeze(2)
         self.mass.add_(responsibilities.sum(dim=1, dtype=torch.float64))
-        self.first.add_(weighted.sum(dim=1))
+        self.first.add_((responsibilities.unsqueeze(1) @ differences).squeeze(1))
         if self.second.ndim == 2:
             self.second.add_((weighted * differences).sum(dim=1))
         elif differences.shape[2] < BLOCKS_FROM:

@@ -58,10 +58,14 @@ class SamplerHistory(RuleBasedStateMachine):
         dtype=dtypes,
         assignment=st.sampled_from(["soft", "hard"]),
         replacement=st.sampled_from([True, True, False]),
+        watched=st.booleans(),
         seed=seeds,
     )
-    def start(self, rows: int, dtype: torch.dtype, assignment: str, replacement: bool, seed: int) -> None:
+    def start(
+        self, rows: int, dtype: torch.dtype, assignment: str, replacement: bool, watched: bool, seed: int
+    ) -> None:
         self.dtype, self.global_state = dtype, torch.get_rng_state()
+        self.watched = watched  # asked after every step what it dissolves; else when a batch needs it
         self.sampler = new_sampler(seed, assignment=assignment, replacement=replacement)
         self.twin = new_sampler(seed, assignment=assignment, replacement=replacement)
         self.known = np.zeros(rows, dtype=bool)  # rows that the last clustering has seen
@@ -117,7 +121,8 @@ class SamplerHistory(RuleBasedStateMachine):
             if not self.known.any():
                 assert cluster == -1
                 continue
-            ids, r, _ = self.partition_for(batch_size)
+            ids, r, p = self.partition_for(batch_size)
+            assert_uniform(r, p, TOLERANCE[self.dtype])
             column = ids.tolist().index(cluster)
             assert bool((r[rows, column] > 0).all()), "each row drawn has a share in the cluster that it is drawn with"
 
@@ -136,7 +141,7 @@ class SamplerHistory(RuleBasedStateMachine):
         tiny = torch.finfo(self.dtype).tiny
         np.testing.assert_allclose(strangers, p.expand(len(strangers), -1), rtol=TOLERANCE[self.dtype], atol=tiny)
         size, fewest = len(self.known), len(p)
-        for batch_size in (1, size // 8 + 1, size // 4 + 1, size // 2 + 1, size + 1):
+        for batch_size in (1, size // 8 + 1, size // 4 + 1, size // 2 + 1, size + 1) if self.watched else ():
             ids, r, p = self.partition_for(batch_size)
             assert_uniform(r, p, TOLERANCE[self.dtype])
             assert 1 <= len(ids) <= fewest, "a larger batch dissolves no fewer clusters"
