@@ -93,6 +93,7 @@ class SingleClusterSampler:
                 self._partition = None
             else:
                 self._label(self._partition, rows)
+                self._rehouse(self._partition)
         self._forget_ahead()
 
     def assign(
@@ -233,6 +234,15 @@ class SingleClusterSampler:
         partition.relabel(rows, labels)
         for child in partition.dissolved.values():
             self._label(child, rows)
+
+    def _rehouse(self, partition: Partition) -> None:
+        """Without replacement: rows that no clustering has seen leave clusters that lost all who belonged to them."""
+        if partition.labels is None:
+            return
+        if bool(((partition.p == 0) & (partition.members() > 0)).any()):
+            self._label(partition, (partition.p == 0)[partition.labels].nonzero().squeeze(1))
+        for child in partition.dissolved.values():
+            self._rehouse(child)
 
     def _forget_ahead(self) -> None:
         self._ahead.clear()

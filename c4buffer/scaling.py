@@ -18,11 +18,15 @@ def column_scaling(embeddings: Tensor, *, process_group: Group | None = None) ->
     summed = column_sums(embeddings)
     rows = summed.new_full((1,), len(embeddings))
     moments = total(torch.cat([summed, rows]), process_group)
-    mean = moments[:-1] / moments[-1]
-    squares = torch.zeros_like(mean)
+    near, count = moments[:-1] / moments[-1], moments[-1]
+    # The deviations from what a long sum gives have a mean of its rounding: without it, a constant column is constant.
+    deviations = torch.zeros(2, len(near), dtype=torch.float64, device=near.device)
     for part in embeddings.split(CHUNK_ROWS):
-        squares += (part.double() - mean).square().sum(dim=0)
-    scale = (total(squares, process_group) / moments[-1]).sqrt()
+        difference = part.double() - near
+        deviations[0] += difference.sum(dim=0)
+        deviations[1] += difference.square().sum(dim=0)
+    rest, square = total(deviations, process_group) / count
+    mean, scale = near + rest, (square - rest.square()).clamp(min=0).sqrt()
     # Rounding leaves a constant column with a spread of about its own size times epsilon.
     constant = scale <= torch.finfo(embeddings.dtype).eps * mean.abs()
     constant |= scale.to(embeddings.dtype) == 0  # or nothing could be divided by it
