@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._checks import check_finite, check_integer, fail, shape_of
-from .memory import rows_at_once
+from .memory import bytes_made, rows_at_once
 from .networks import modules_behind
 from .transitions import Observations, Transitions, observation_leaves, with_leaves
 
@@ -225,32 +224,14 @@ def rows_for(critics: Critics, batch: Transitions, embedding: str = "gradients")
     read = _stacked_gradients_of_chunk if embedding == "gradients" else _stacked_features_of_chunk
     if len(batch) < 2 * PROBE_ROWS:
         return CHUNK_ROWS
-    created = []
-    for rows in (PROBE_ROWS, 2 * PROBE_ROWS):
-        eagerly = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-        with critics.evaluating(), eagerly, _Created() as bytes_created:
-            try:
-                read(critics, batch[:rows])
-            except Exception:  # whatever is wrong is said by the pass itself, of all the rows
-                return CHUNK_ROWS
-        created.append(bytes_created.total)
-    per_row = max(1, (created[1] - created[0]) // PROBE_ROWS)
+    eagerly = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    with critics.evaluating(), eagerly:
+        try:
+            few, twice = (bytes_made(lambda n=n: read(critics, batch[:n])) for n in (PROBE_ROWS, 2 * PROBE_ROWS))
+        except Exception:  # whatever is wrong is said by the pass itself, of all the rows
+            return CHUNK_ROWS
+    per_row = max(1, (twice - few) // PROBE_ROWS)
     return rows_at_once(per_row, batch.rewards.device, cached=CHUNK_ROWS)
-
-
-class _Created(TorchDispatchMode):
-    """Counts the bytes of all that is computed; more than is ever held at once."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for value in result if isinstance(result, (list, tuple)) else (result,):
-            if isinstance(value, Tensor):
-                self.total += value.numel() * value.element_size()
-        return result
 
 
 def _in_chunks(

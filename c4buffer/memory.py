@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SHARE = 8  # of the free memory, one part in so many is used at once
 UNKNOWN = 1 << 31  # bytes taken as free where the system does not tell
@@ -46,3 +50,23 @@ def floats_at_once(device: torch.device, *, cached: int) -> int:
     if device.type == "cpu":
         return cached
     return max(cached, min(GPU_FLOATS, free_bytes(device) // SHARE // 4))
+
+
+def bytes_made(run: Callable[[], object]) -> int:
+    """Of all tensors that are computed while `run` runs; more than is ever held at once."""
+    with _Making() as making:
+        run()
+    return making.total
+
+
+class _Making(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (list, tuple)) else (result,):
+            if isinstance(value, Tensor):
+                self.total += value.numel() * value.element_size()
+        return result

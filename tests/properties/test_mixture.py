@@ -52,7 +52,7 @@ def hard_data(draw: st.DrawFn, *, dimensions: st.SearchStrategy[int] = few) -> t
     X += draw(signs) * draw(st.sampled_from([0.0, 1.0, 100.0, 1e4])) * spread
     if draw(st.booleans()):  # constant columns
         X[:, : draw(st.integers(1, width))] = draw(st.sampled_from([0.0, 1.0, -1e4]))
-    size = draw(st.integers(-SIZES[dtype], SIZES[dtype]))
+    size = draw(st.integers(-SIZES[dtype], SIZES[dtype]) | st.sampled_from([-SIZES[dtype], SIZES[dtype]]))
     top = SIZES[dtype] - math.ceil(math.log10(1 + float(X.abs().max())))
     return (10.0 ** min(size, top) * X).to(dtype), components
 
