@@ -227,7 +227,8 @@ def rows_for(critics: Critics, batch: Transitions, embedding: str = "gradients")
     eagerly = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     with critics.evaluating(), eagerly:
         try:
-            few, twice = (bytes_made(lambda n=n: read(critics, batch[:n])) for n in (PROBE_ROWS, 2 * PROBE_ROWS))
+            few = bytes_made(lambda: read(critics, batch[:PROBE_ROWS]))
+            twice = bytes_made(lambda: read(critics, batch[: 2 * PROBE_ROWS]))
         except Exception:  # whatever is wrong is said by the pass itself, of all the rows
             return CHUNK_ROWS
     per_row = max(1, (twice - few) // PROBE_ROWS)

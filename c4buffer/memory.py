@@ -54,7 +54,8 @@ def floats_at_once(device: torch.device, *, cached: int) -> int:
 
 def bytes_made(run: Callable[[], object]) -> int:
     """Of all tensors that are computed while `run` runs; more than is ever held at once."""
-    with _Making() as making:
+    making = _Making()
+    with making:
         run()
     return making.total
 
@@ -62,7 +63,7 @@ def bytes_made(run: Callable[[], object]) -> int:
 class _Making(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0
+        self.total: int = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
