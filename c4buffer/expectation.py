@@ -21,6 +21,7 @@ FEWEST_ROWS = 512  # in a chunk, or a matrix product is too small to be fast
 BLOCK = 64  # columns of a product with a triangular or into a symmetric matrix: what is zero or known is left out
 BLOCKS_FROM = 128  # columns from which blocks pay
 LOST_DIGITS = 1e3  # of a variance, in epsilon: more, and its moments are taken again around the new mean
+LARGEST_JITTER = 1e6  # times each variance: any matrix of correlations is positive definite before
 EMPTY_MASS = 0.5  # a component that explains less than half a row is empty
 LOG_2PI = math.log(2 * math.pi)
 
@@ -290,7 +291,8 @@ def _blocks(columns: int) -> Iterator[tuple[int, int]]:
 def cholesky(covariances: Tensor) -> Tensor:
     """Lower factors of [K, E, E]; what is not positive definite gets a jitter that grows tenfold until it is.
 
-    The jitter is relative to each variance (and to 1 where that is zero), so that it depends on no column's unit.
+    The jitter is relative to each variance (and to 1 where that is zero), so that it depends on no column's unit. Where
+    none helps, the variances alone are left.
     """
     lower, info = torch.linalg.cholesky_ex(covariances)
     variances = covariances.diagonal(dim1=-2, dim2=-1).abs()
@@ -298,7 +300,10 @@ def cholesky(covariances: Tensor) -> Tensor:
     jitter, amount = 1e-12, torch.zeros_like(scale)
     while bool((info != 0).any()):
         check_finite("covariances", covariances)  # no jitter would ever help
-        amount = torch.where(info.unsqueeze(1) != 0, jitter * scale, amount)  # what has enough keeps it
+        bad = (info != 0).unsqueeze(1)
+        if jitter > LARGEST_JITTER:  # not the correlations of anything: rounding has left no more than variances
+            covariances, jitter = torch.where(bad.unsqueeze(2), scale.diag_embed(), covariances), 0.0
+        amount = torch.where(bad, jitter * scale, amount)  # what has enough keeps it
         lower, info = torch.linalg.cholesky_ex(covariances + amount.diag_embed())
         jitter *= 10
     factors: Tensor = lower

@@ -843,3 +843,23 @@ def test_a_mixture_refuses_rows_of_another_width() -> None:
             ask(torch.zeros(4, 3))
     with pytest.raises(ValueError, match="initial: expected a 'full' mixture in 3 dimensions, got a 'full' one in 2"):
         GaussianMixture(2).fit(torch.zeros(4, 3), initial=fitted())
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        [[1.0, 1e200], [1e200, 1.0]],
+        [[1e-300, 1e300], [1e300, 1e-300]],
+        [[0.0, 1e9], [1e9, 0.0]],
+        [[-1.0, 0.0], [0.0, 1.0]],
+    ],
+)
+def test_what_no_jitter_makes_positive_definite_keeps_its_variances_alone(matrix: list[list[float]]) -> None:
+    given = torch.tensor([matrix], dtype=torch.float64)
+    lower = c4buffer.expectation.cholesky(given)
+    found = (lower @ lower.mT).diagonal(dim1=1, dim2=2)
+    variances = given.diagonal(dim1=1, dim2=2).abs()
+    expected = torch.where(variances > 0, variances, torch.ones_like(variances))
+    assert bool((found >= expected * (1 - 1e-12)).all())
+    assert bool((found <= expected * 100).all())
+    assert bool(torch.isfinite(lower).all())
