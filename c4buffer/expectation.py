@@ -20,7 +20,7 @@ CHUNK_FLOATS = 1 << 18  # of [K, rows, E] per pass: a megabyte, so that a chunk 
 FEWEST_ROWS = 512  # in a chunk, or a matrix product is too small to be fast
 BLOCK = 64  # columns of a product with a triangular or into a symmetric matrix: what is zero or known is left out
 BLOCKS_FROM = 128  # columns from which blocks pay
-LOST_DIGITS = 1e3  # of a variance, in epsilon: more, and its moments are taken again around the new mean
+FAR = 3  # deviations that a mean may move by; if more, the moments around it are taken again, as digits are lost
 LARGEST_JITTER = 1e6  # times each variance: any matrix of correlations is positive definite before
 EMPTY_MASS = 0.5  # a component that explains less than half a row is empty
 LOG_2PI = math.log(2 * math.pi)
@@ -112,7 +112,7 @@ class ExpectationMaximisation:
             summed += log_density.sum(dtype=torch.float64)
         log_likelihood = float(total(summed, self.group)) / self.rows
         moments = moments.over(self.group)
-        if moments.far_off(LOST_DIGITS * torch.finfo(self.X.dtype).eps, self.regularization):
+        if moments.far_off(self.regularization):
             return self.step_from_afar(parameters)
         return self._maximise(moments, parameters.means, parameters), log_likelihood
 
@@ -271,12 +271,12 @@ class _Moments(NamedTuple):
             for a, b in _blocks(differences.shape[2]):
                 self.second[:, a:b, :b].add_(weighted[:, :, a:b].mT @ differences[:, :, :b])
 
-    def far_off(self, precision: float, regularization: float) -> bool:
-        """Whether a mean is so many deviations from its centre that the second moment holds nothing but that."""
+    def far_off(self, regularization: float) -> bool:
+        """Whether a mean is so many deviations from its centre that the second moment holds little but that."""
         mass = self.mass.clamp(min=torch.finfo(self.mass.dtype).tiny).unsqueeze(1)
         squares = self.second if self.second.ndim == 2 else self.second.diagonal(dim1=1, dim2=2)
         step = (self.first / mass).square()
-        return bool((squares / mass - step + regularization < precision * step).any())
+        return bool((FAR**2 * (squares / mass - step + regularization) < step).any())
 
     def over(self, group: Group | None) -> _Moments:
         """Those of all ranks together."""
