@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -103,3 +104,37 @@ def test_the_table_names_what_was_not_run(report: Any) -> None:
     assert lines[2].startswith("| plain | 1 / 1 | 2 |")
     assert lines[3].startswith("| c4 | 1 / 1 | not run | +0.0 (2 pairs) |")
     assert lines[3].endswith("| 0.50 | 1 of 2 |")
+
+
+PRODUCTS = """
+import torch
+from products import use_onednn
+
+generator = torch.Generator().manual_seed(0)
+left, right, bias = (torch.randn(*shape, generator=generator) for shape in ((70, 80), (80, 90), (90,)))
+
+
+def results():
+    found = []
+    for rows, columns in ((70, 90), (3, 90), (70, 1)):
+        inputs = [values.clone().requires_grad_() for values in (left[:rows], right[:, :columns], bias[:columns])]
+        outputs = [
+            inputs[0] @ inputs[1],
+            torch.nn.functional.linear(inputs[0], inputs[1].t(), inputs[2]),
+            torch.addmm(inputs[2], inputs[0], inputs[1], beta=0.5, alpha=2.0),
+            torch.nn.functional.linear(inputs[0].double(), inputs[1].t().double()),
+        ]
+        found += outputs + list(torch.autograd.grad(sum(output.square().sum() for output in outputs), inputs))
+    return found
+
+
+before = results()
+assert use_onednn() == torch.backends.mkldnn.is_available()
+for one, other in zip(before, results()):
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+"""
+
+
+def test_products_by_onednn_are_those_of_torch() -> None:
+    """In a process of its own: it takes over the operators of the whole process."""
+    subprocess.run([sys.executable, "-c", PRODUCTS], check=True, env={**os.environ, "PYTHONPATH": str(STUDY)})

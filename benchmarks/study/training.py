@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from arms import ARMS, GradientNormPenalty, random_partition
+from products import use_onednn
 
 from c4buffer import load_d4rl
 
@@ -38,9 +39,11 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
         settings; `change` (the arm's fields); versions and commit; `evaluated_at` and, for each, `scores`, what
         `measure` gives and the buffer's `cluster_sizes` (None without clusters); `score` (the mean of the last five
         evaluations); `largest_return` and `diverged` (mean Q above three times that, ever); `training_seconds`
-        (processor time of the training alone) and `seconds` (of everything, by the clock).
+        (processor time of the training alone) and `seconds` (of everything, by the clock); `onednn` (whether it made
+        the matrix products).
     """
     torch.set_num_threads(1)
+    onednn = use_onednn()
     with contextlib.redirect_stderr(io.StringIO()):
         import d3rlpy
         import gymnasium
@@ -90,6 +93,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
         "largest_return": largest_return,
         "diverged": max(curves["mean_q"]) > DIVERGED * largest_return,
         "training_seconds": training_seconds,
+        "onednn": onednn,
         "seconds": time.perf_counter() - started,
         "versions": {package: version(package) for package in ("c4buffer", "d3rlpy", "torch", "gymnasium", "mujoco")},
         "commit": commit(),
