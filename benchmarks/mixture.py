@@ -104,7 +104,7 @@ def matrix_products(X: Tensor, start: Tensor) -> Run:
 def products(X: Tensor) -> None:
     """The floor: those of STEPS + 1 E-steps and M-steps."""
     rows, dimensions = X.shape
-    size = max(256, (1 << 18) // (K * dimensions))
+    size = max(512, (1 << 18) // (K * dimensions))
     whiten = torch.eye(dimensions, device=X.device).expand(K, -1, -1).contiguous()
     differences = X[:size].expand(K, -1, -1).contiguous()
     second = torch.empty(K, dimensions, dimensions, device=X.device)

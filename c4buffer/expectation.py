@@ -12,11 +12,12 @@ from torch import Tensor
 from ._checks import check_finite
 from .collective import Group, gathered, total
 from .memory import floats_at_once
+from .products import product
 from .scaling import column_scaling, column_sums
 
 Covariance = Literal["full", "diag", "tied"]
 
-CHUNK_FLOATS = 1 << 18  # of [K, rows, E] per pass: a megabyte, so that a chunk stays in the cache
+CHUNK_FLOATS = 5 << 16  # of [K, rows, E] per pass: little more than a megabyte, so that a chunk stays in the cache
 FEWEST_ROWS = 512  # in a chunk, or a matrix product is too small to be fast
 BLOCK = 64  # columns of a product with a triangular or into a symmetric matrix: what is zero or known is left out
 BLOCKS_FROM = 128  # columns from which blocks pay
@@ -46,6 +47,9 @@ class Parameters(NamedTuple):
 class ExpectationMaximisation:
     """E- and M-steps over one X [N, E]. Data enter as u = (x - origin) / scale, so that float32 keeps their spread.
 
+    Rows lie along the last dimension of a chunk ([E, n], [K, E, n]): what is the same for all columns of a row, or for
+    all rows of a column, is then applied to many numbers at once. A chunk lives in buffers until the next is asked for.
+
     Args:
         X: the rows; of a process group, this rank's.
         covariance: "full", "diag" or "tied".
@@ -63,7 +67,8 @@ class ExpectationMaximisation:
         standardize: bool = False,
         process_group: Group | None = None,
     ) -> None:
-        self.X = X
+        self.X = X.detach()
+        self.buffers = _Buffers(X)
         self.covariance = covariance
         self.regularization = regularization
         self.group = process_group
@@ -85,7 +90,7 @@ class ExpectationMaximisation:
         """Responsibilities [N, K]: each row is its nearest centre's, [K, E] in units of u."""
         responsibilities = self.X.new_zeros(len(self.X), len(centres))
         for rows, chunk in self._chunks(len(centres)):
-            nearest = self._differences(chunk, centres).square().sum(dim=2).argmin(dim=0)
+            nearest = self._differences(chunk, centres).square_().sum(dim=1).argmin(dim=0)
             responsibilities[rows].scatter_(1, nearest.unsqueeze(1), 1)
         return responsibilities
 
@@ -108,7 +113,7 @@ class ExpectationMaximisation:
         for _, chunk in self._chunks(len(parameters.weights)):
             differences = self._differences(chunk, parameters.means)
             r, log_density = self._expect(differences, factors)
-            moments.add(r, differences)
+            moments.add(r, differences, self.buffers)
             summed += log_density.sum(dtype=torch.float64)
         log_likelihood = float(total(summed, self.group)) / self.rows
         moments = moments.over(self.group)
@@ -126,11 +131,11 @@ class ExpectationMaximisation:
         mass = total(column_sums(responsibilities), self.group)
         sums = torch.zeros(len(mass), self.X.shape[1], dtype=torch.float64, device=self.X.device)
         for rows, chunk in self._chunks(1):
-            sums += (responsibilities[rows].T @ chunk).double()
+            sums += (chunk @ responsibilities[rows]).T
         centres = total(sums, self.group) / mass.clamp(min=torch.finfo(mass.dtype).tiny).unsqueeze(1)
         moments = _Moments.zeros(centres, self.covariance)
         for rows, chunk in self._chunks(len(mass)):
-            moments.add(responsibilities[rows].T, self._differences(chunk, centres))
+            moments.add(responsibilities[rows].T, self._differences(chunk, centres), self.buffers)
         return self._maximise(moments.over(self.group), centres, previous)
 
     def _maximise(self, moments: _Moments, centres: Tensor, previous: Parameters | None) -> Parameters:
@@ -161,7 +166,7 @@ class ExpectationMaximisation:
         if self.covariance != "tied":
             whole = _Moments.zeros(means[:1], self.covariance)
             for _, chunk in self._chunks(1):
-                whole.add(chunk.new_ones(1, len(chunk)), chunk.unsqueeze(0))
+                whole.add(chunk.new_ones(1, chunk.shape[1]), chunk.unsqueeze(0), self.buffers)
             covariances = covariances.clone()
             covariances[vacant] = whole.over(self.group).second[0] / self.rows
             if self.covariance == "full":
@@ -173,7 +178,7 @@ class ExpectationMaximisation:
     def _worst_explained(self, count: int, previous: Parameters | None) -> Tensor:
         """u of the rows that `previous` explains worst, of those farthest from the origin where there is none."""
         if previous is None:
-            parts = [-chunk.square().sum(dim=1) for _, chunk in self._chunks(1)]
+            parts = [-chunk.square_().sum(dim=0) for _, chunk in self._chunks(1)]
         else:
             factors = self._factors(previous)
             differences = (self._differences(chunk, previous.means) for _, chunk in self._chunks(len(previous.weights)))
@@ -188,58 +193,93 @@ class ExpectationMaximisation:
         dimensions = self.X.shape[1]
         if self.covariance == "diag":
             variances = parameters.covariances.clamp(min=torch.finfo(torch.float64).tiny)
-            whiten = variances.rsqrt().unsqueeze(1)  # [K, 1, E]
+            whiten = variances.rsqrt().unsqueeze(2)  # [K, E, 1]
             log_determinant = -0.5 * variances.log().sum(dim=1)
         else:
-            # Omega = L L^T, so (u - mu)^T Omega^-1 (u - mu) = |(u - mu) L^-T|^2; L^-T is upper triangular
+            # Omega = L L^T, so (u - mu)^T Omega^-1 (u - mu) = |L^-1 (u - mu)|^2
             lower = cholesky(parameters.covariances.reshape(-1, dimensions, dimensions))
             identity = torch.eye(dimensions, dtype=lower.dtype, device=lower.device).expand_as(lower)
-            whiten = torch.linalg.solve_triangular(lower, identity, upper=False).mT  # [K or 1, E, E]
+            whiten = torch.linalg.solve_triangular(lower, identity, upper=False)  # [K or 1, E, E], lower triangular
             log_determinant = -lower.diagonal(dim1=-2, dim2=-1).log().sum(dim=1)
         log_scale = parameters.weights.log() + log_determinant - 0.5 * dimensions * LOG_2PI
         reach = torch.finfo(self.X.dtype).max ** 0.5
         return whiten.clamp(-reach, reach).to(self.X.dtype).contiguous(), log_scale.to(self.X.dtype).unsqueeze(1)
 
     def _expect(self, differences: Tensor, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """r [K, n] and log sum_z p_z N(u | mu_z, Omega_z) [n] for differences [K, n, E]."""
+        """r [K, n] and log sum_z p_z N(u | mu_z, Omega_z) [n] for differences [K, E, n]."""
         whiten, log_scale = factors
         log_joint = self._squared_distances(differences, whiten).mul_(-0.5).add_(log_scale)
         # Not exp(log_joint - log_density): far out, the rounding of these two is no longer small against one.
         nearest = log_joint.amax(dim=0)
-        r = log_joint.sub_(nearest).exp_()
+        # Below the smallest normal number, where arithmetic is ten times slower, r is zero.
+        least = math.log(torch.finfo(log_joint.dtype).tiny) + 4
+        r = torch.threshold_(log_joint.sub_(nearest).clamp_(min=least).exp_(), math.exp(least + 1), 0)
         summed = r.sum(dim=0)
         return r.div_(summed), summed.log().add_(nearest)
 
     def _squared_distances(self, differences: Tensor, whiten: Tensor) -> Tensor:
         """Squared Mahalanobis distances, [K, n]."""
+        components, dimensions, rows = differences.shape
         # Where squares or their sum over the rows could overflow, one component is as far as the next.
         far = 1e-12 * torch.finfo(differences.dtype).max
-        if self.covariance == "diag":
-            whitened = [differences * whiten]
-        elif differences.shape[2] < BLOCKS_FROM:
-            whitened = [differences @ whiten]
-        else:
-            whitened = [differences[:, :, :b] @ whiten[:, :b, a:b] for a, b in _blocks(differences.shape[2])]
-        parts = [torch.linalg.vector_norm(part, dim=2).square_().nan_to_num_(nan=far) for part in whitened]
-        squared: Tensor = parts[0]
-        for part in parts[1:]:
-            squared += part
+        squared = differences.new_zeros(components, rows)
+        for a, b in _blocks(dimensions):
+            whitened = self.buffers.products(components, b - a, rows)
+            if self.covariance == "diag":
+                torch.mul(differences[:, a:b], whiten[:, a:b], out=whitened)
+            else:
+                factor = whiten[:, a:b, :b].expand(components, -1, -1)
+                product(factor, differences[:, :b], out=whitened)
+            squared += whitened.square_().sum(dim=1).nan_to_num_(nan=far)
         return squared.clamp_(max=far)
 
     def _differences(self, chunk: Tensor, means: Tensor) -> Tensor:
-        """u - mu_z, [K, n, E]."""
-        return chunk.unsqueeze(0) - means.to(chunk.dtype).unsqueeze(1)
+        """u - mu_z, [K, E, n], in a buffer."""
+        differences = self.buffers.differences(len(means), *chunk.shape)
+        return torch.sub(chunk.unsqueeze(0), means.to(chunk.dtype).unsqueeze(2), out=differences)
 
     def _chunk_rows(self, components: int) -> int:
         floats = floats_at_once(self.X.device, cached=CHUNK_FLOATS)
         return min(len(self.X), max(FEWEST_ROWS, floats // (components * self.X.shape[1])))
 
     def _chunks(self, components: int) -> Iterator[tuple[slice, Tensor]]:
-        """Rows and their u, as many at once as the device takes well."""
+        """Rows and their u, [E, n] in a buffer: as many at once as the device takes well."""
         size = self._chunk_rows(components)
         for start in range(0, len(self.X), size):
             rows = slice(start, min(start + size, len(self.X)))
-            yield rows, self.rows_at(rows)
+            columns = self.X[rows].T
+            chunk = torch.sub(columns, self.origin.unsqueeze(1), out=self.buffers.chunk(*columns.shape))
+            yield rows, chunk if self.scale is None else chunk.div_(self.scale.unsqueeze(1))
+
+
+class _Buffers:
+    """Memory for a chunk, its differences and one product at a time.
+
+    Fresh tensors of a megabyte cost more than the arithmetic on them: the system takes their pages back and has to
+    clear them each time.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self.held: dict[str, Tensor] = {}
+
+    def chunk(self, *shape: int) -> Tensor:
+        """For u, [E, n]."""
+        return self._view("chunk", shape)
+
+    def differences(self, *shape: int) -> Tensor:
+        """For u - mu_z, [K, E, n]."""
+        return self._view("differences", shape)
+
+    def products(self, *shape: int) -> Tensor:
+        """For what is made of the differences, [K, E, n]."""
+        return self._view("products", shape)
+
+    def _view(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        floats = math.prod(shape)
+        if name not in self.held or len(self.held[name]) < floats:
+            self.held[name] = self.like.new_empty(floats)
+        return self.held[name][:floats].view(shape)
 
 
 class _Moments(NamedTuple):
@@ -255,21 +295,20 @@ class _Moments(NamedTuple):
         second = centres.new_zeros(k, e) if covariance == "diag" else centres.new_zeros(k, e, e)
         return _Moments(centres.new_zeros(k), torch.zeros_like(centres), second)
 
-    def add(self, responsibilities: Tensor, differences: Tensor) -> None:
-        """Add a chunk: responsibilities [K, n] and differences to the centres [K, n, E].
+    def add(self, responsibilities: Tensor, differences: Tensor, buffers: _Buffers) -> None:
+        """Add a chunk: responsibilities [K, n] and differences to the centres [K, E, n].
 
         With many columns, only the lower triangle of `second`: the Cholesky factor needs no more.
         """
-        weighted = differences * responsibilities.unsqueeze(2)
         self.mass.add_(responsibilities.sum(dim=1, dtype=torch.float64))
-        self.first.add_((responsibilities.unsqueeze(1) @ differences).squeeze(1))
+        weighted = buffers.products(*differences.shape)
+        torch.mul(differences, responsibilities.unsqueeze(1), out=weighted)
+        self.first.add_(weighted.sum(dim=2))
         if self.second.ndim == 2:
-            self.second.add_((weighted * differences).sum(dim=1))
-        elif differences.shape[2] < BLOCKS_FROM:
-            self.second.add_(weighted.mT @ differences)
+            self.second.add_(weighted.mul_(differences).sum(dim=2))
         else:
-            for a, b in _blocks(differences.shape[2]):
-                self.second[:, a:b, :b].add_(weighted[:, :, a:b].mT @ differences[:, :, :b])
+            for a, b in _blocks(differences.shape[1]):
+                self.second[:, a:b, :b].add_(product(weighted[:, a:b], differences[:, :b].mT))
 
     def far_off(self, regularization: float) -> bool:
         """Whether a mean is so many deviations from its centre that the second moment holds little but that."""
@@ -284,8 +323,10 @@ class _Moments(NamedTuple):
 
 
 def _blocks(columns: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, columns, BLOCK):
-        yield start, min(start + BLOCK, columns)
+    """Of rows of a triangular or symmetric matrix; few columns are one block."""
+    size = columns if columns < BLOCKS_FROM else BLOCK
+    for start in range(0, columns, size):
+        yield start, min(start + size, columns)
 
 
 def cholesky(covariances: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ LAYERS = {
     "faiss_kmeans": 0,
     "kmeans": 0,
     "networks": 0,
+    "products": 0,
     "transitions": 0,
     "critics": 1,
     "expectation": 1,
