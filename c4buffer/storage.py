@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class RingStorage:
         self.folder = folder
         self.written = 0  # rows ever written; row j of them is in slot j % capacity
         self._rows: dict[torch.dtype, Tensor] = {}  # [capacity, floats of all fields]
-        self._widths: dict[torch.dtype, list[int]] = {}
+        self._widths: dict[torch.dtype, tuple[list[int], int]] = {}  # of the wide fields; how many scalars follow them
         self._columns: dict[str, Any] = {}  # views into the rows
 
     def __len__(self) -> int:
@@ -77,14 +77,13 @@ class RingStorage:
     def gather(self, slots: Tensor, *, cluster: int = -1) -> Transitions:
         """Copies of the rows in `slots`, int64 [B]."""
         index = slots.to(self.device)
-        parts = {
-            dtype: iter(rows.index_select(0, index).split_with_sizes(self._widths[dtype], dim=1))
-            for dtype, rows in self._rows.items()
-        }
+        parts = {dtype: _parts(rows.index_select(0, index), *self._widths[dtype]) for dtype, rows in self._rows.items()}
 
         def take(leaf: Tensor) -> Tensor:
-            part = next(parts[leaf.dtype])
-            return part.squeeze(1) if leaf.ndim == 1 else part if leaf.ndim == 2 else part.unflatten(1, leaf.shape[1:])
+            wide, scalars = parts[leaf.dtype]
+            if leaf.ndim == 1:
+                return next(scalars)
+            return next(wide) if leaf.ndim == 2 else next(wide).unflatten(1, leaf.shape[1:])
 
         columns = {
             name: take(value) if isinstance(value, Tensor) else map_observations(take, value)
@@ -163,14 +162,16 @@ class RingStorage:
 
     def _allocate(self, transitions: Transitions) -> None:
         """Rows for transitions of this form, and the columns as views of them, in one order."""
-        for _, value in transitions.columns():
-            for leaf in observation_leaves(value):
-                self._widths.setdefault(leaf.dtype, []).append(math.prod(leaf.shape[1:]))
-        self._rows = {dtype: self._allocated(dtype, sum(widths)) for dtype, widths in self._widths.items()}
-        views = {dtype: iter(self._rows[dtype].split(widths, dim=1)) for dtype, widths in self._widths.items()}
+        leaves = [leaf for _, value in transitions.columns() for leaf in observation_leaves(value)]
+        for dtype in dict.fromkeys(leaf.dtype for leaf in leaves):
+            mine = [leaf for leaf in leaves if leaf.dtype == dtype]
+            wide = [math.prod(leaf.shape[1:]) for leaf in mine if leaf.ndim > 1]
+            self._widths[dtype] = wide, len(mine) - len(wide)
+            self._rows[dtype] = self._allocated(dtype, sum(wide) + len(mine) - len(wide))
+        views = {dtype: _parts(rows, *self._widths[dtype]) for dtype, rows in self._rows.items()}
 
         def view(leaf: Tensor) -> Tensor:
-            rows: Tensor = next(views[leaf.dtype])
+            rows = next(views[leaf.dtype][leaf.ndim == 1])
             return rows.view(self.capacity, *leaf.shape[1:])
 
         for name, value in transitions.columns():
@@ -190,6 +191,12 @@ class RingStorage:
             expected, got = _form(stored), _form(getattr(transitions, name))
             if got != expected:
                 fail(name, f"rows like those stored, {expected}", got)
+
+
+def _parts(rows: Tensor, wide: list[int], scalars: int) -> tuple[Iterator[Tensor], Iterator[Tensor]]:
+    """Views of rows [n, floats]: [n, width] of each wide field, and [n] of each scalar one behind them."""
+    *parts, rest = rows.split_with_sizes([*wide, scalars], dim=1)
+    return iter(parts), iter(rest.unbind(1))
 
 
 def _cast(value: Any, stored: Any) -> Any:

@@ -17,7 +17,7 @@ from scipy import stats
 from torch import Tensor
 
 from c4buffer import SingleClusterSampler
-from c4buffer.sampling import SMALLEST_SHARE_BY_REJECTION
+from c4buffer.sampling import SMALLEST_SHARE_BY_PROPOSAL
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 REJECT = 0.001  # significance of every statistical test here; seeds are fixed
@@ -305,7 +305,7 @@ def test_clusters_and_rows_come_as_often_as_they_should_over_2000_batches(case: 
     sampler = make()
     ids, r, p = sampler.partition_for(batch_size)
     assert len(ids) >= 2
-    assert int((p < SMALLEST_SHARE_BY_REJECTION).sum()) == by_table
+    assert int((p < SMALLEST_SHARE_BY_PROPOSAL).sum()) == by_table
     rows, clusters = draw(sampler, 2000, batch_size)
     assert set(clusters.tolist()) == set(ids.tolist())
     counts = torch.stack([(clusters == z).sum() for z in ids])
