@@ -5,9 +5,9 @@
 
 Transitions of HalfCheetah's size (17 observations, 6 actions, float32). `sample` is the time of one batch as the
 library gives it, microseconds, median over turns in which the libraries take turns; `uniform` is c4buffer before its
-first refresh, `clustered` after one. `extend` is transitions a second, a thousand at a time into a buffer of 100,000, over and
-over (`step`: one at a time). `memory` is what the buffer's process grew by, over the bytes of the data. What is not
-installed is left out.
+first refresh, `clustered` after one. `extend` is transitions a second, a thousand at a time into a buffer of 100,000,
+over and over (`step`: one at a time). `memory` is what the buffer's process grew by, over the bytes of the data. What
+is not installed is left out.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -174,7 +175,7 @@ def compare_sampling(rows: int, turns: int) -> None:
         times: dict[str, list[float]] = {name: [] for name in samplers}
         for turn in range(turns + 1):
             for name, sample in samplers.items():
-                seconds = time_of(lambda sample=sample: sample(batch_size), 5 if name == "d3rlpy" else 200)
+                seconds = time_of(partial(sample, batch_size), 5 if name == "d3rlpy" else 200)
                 if turn > 0:
                     times[name].append(seconds)
         clustered = times["clustered"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Integral, Real
 from typing import NoReturn
 
@@ -47,7 +48,7 @@ def check_finite(argument: str, values: Tensor, *, hint: str = "") -> None:
         return
     values = values.detach()
     # A sum is finite only if all its terms are, and needs no memory; it may overflow, so a bad one proves nothing.
-    if bool(torch.isfinite(values.sum())):
+    if math.isfinite(values.sum()):
         return
     rows = [
         start + (~torch.isfinite(part)).reshape(len(part), -1).any(dim=1).nonzero().squeeze(1)

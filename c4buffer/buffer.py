@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -24,19 +25,21 @@ from .embedding import EMBEDDINGS, Embedding, embed_rows
 from .losses.covariance import decompose_cross_covariance
 from .mixture import MixtureResult
 from .partition import check_responsibilities, check_rows
+from .prefetch import drawn_ahead
 from .reduction import ReducedClusterer, Reduction
 from .refresh import Every, OnDrift, RefreshPolicy, RefreshReport
 from .sampling import SingleClusterSampler
 from .storage import RingStorage
-from .trajectories import Successors, Trajectories
+from .trajectories import Neighbours, Trajectories
 from .transitions import Observations, Transitions
+from .windows import Windows
 
 OWN = "the caller's own"  # of an option, in a checkpoint: a callable that no file can hold
 POLICIES = {"Every": Every, "OnDrift": OnDrift}
 # those that the state's meaning depends on
 SAME_OPTIONS = (
     *("capacity", "n_clusters", "embedding", "max_dim", "reduction"),
-    *("assignment", "replacement", "trajectory_tail", "n_steps", "discount"),
+    *("assignment", "replacement", "trajectory_tail", "n_steps", "discount", "frame_stack"),
 )
 
 
@@ -66,9 +69,12 @@ class ClusteredReplayBuffer:
             last, `intervals` how many there are: fewer where a trajectory ends or the newest row is reached. What is
             stored must be single steps, trajectory by trajectory.
         discount: gamma, for `n_steps` above 1.
+        frame_stack: images [C, H, W] in the observations are stored one by one, and sampled, and clustered, as the last
+            so many of their trajectory, [frame_stack * C, H, W], the newest last; zeros where there is none earlier.
         device: of the sampled batches.
         storage: "memory" keeps the transitions in RAM, "device" on `device`, "memmap" in files, which may be larger
-            than the RAM.
+            than the RAM. "pinned" is "memory" for a CUDA `device`: batches go there by way of page-locked memory, and
+            nothing waits for them.
         folder: for "memmap", where the files are made; None for the system's place for temporary ones. They go with the
             buffer: `save` is what keeps data.
         seed: of the buffer's own generator. None: torch.initial_seed(). Global generators are not touched.
@@ -97,8 +103,9 @@ class ClusteredReplayBuffer:
         trajectory_tail: bool = False,
         n_steps: int = 1,
         discount: float = 0.99,
+        frame_stack: int = 1,
         device: torch.device | str = "cpu",
-        storage: Literal["memory", "device", "memmap"] = "memory",
+        storage: Literal["memory", "pinned", "device", "memmap"] = "memory",
         folder: str | os.PathLike[str] | None = None,
         seed: int | None = None,
     ) -> None:
@@ -116,7 +123,10 @@ class ClusteredReplayBuffer:
         check_integer("n_steps", n_steps, minimum=1)
         if check_number("discount", discount, minimum=0) > 1:
             fail("discount", "a number from 0 to 1", repr(discount))
-        check_choice("storage", storage, ("memory", "device", "memmap"))
+        check_integer("frame_stack", frame_stack, minimum=1)
+        check_choice("storage", storage, ("memory", "pinned", "device", "memmap"))
+        if storage == "pinned" and torch.device(device).type != "cuda":
+            fail("storage", "another than 'pinned', unless device is a CUDA device", f"device {str(device)!r}")
         if folder is not None and (storage != "memmap" or not Path(folder).is_dir()):
             expected = "a folder that exists" if storage == "memmap" else "None, unless storage is 'memmap'"
             fail("folder", expected, repr(os.fspath(folder)))
@@ -138,8 +148,9 @@ class ClusteredReplayBuffer:
         self._folder = folder
         self._storage = self._new_storage(storage)
         self._trajectories = Trajectories(capacity) if trajectory_tail else None
-        self._successors = Successors(capacity) if n_steps > 1 else None
-        self._n_steps, self._discount = n_steps, float(discount)
+        self._windows: Windows | None = None
+        if n_steps > 1 or frame_stack > 1:
+            self._windows = Windows(self._storage, n_steps=n_steps, discount=float(discount), frame_stack=frame_stack)
         self._sampler = SingleClusterSampler(
             generator=self._generator, assignment="hard" if trajectory_tail else assignment, replacement=replacement
         )
@@ -161,16 +172,17 @@ class ClusteredReplayBuffer:
             "trajectory_tail": trajectory_tail,
             "n_steps": n_steps,
             "discount": float(discount),
+            "frame_stack": frame_stack,
             "storage": storage,
         }
 
     def _new_storage(self, storage: str) -> RingStorage:
         device = self.device if storage == "device" else torch.device("cpu")
         if storage != "memmap":
-            return RingStorage(self.capacity, device=device)
+            return RingStorage(self.capacity, device=device, target=self.device, pinned=storage == "pinned")
         # A folder of its own inside the one given, so that a state can be loaded beside what is held.
         folder = Path(tempfile.mkdtemp(prefix="c4buffer-", dir=self._folder))
-        ring = RingStorage(self.capacity, device=device, folder=folder)
+        ring = RingStorage(self.capacity, device=device, target=self.device, folder=folder)
         weakref.finalize(ring, shutil.rmtree, folder, ignore_errors=True)
         return ring
 
@@ -194,14 +206,13 @@ class ClusteredReplayBuffer:
             fail("transitions", "a Transitions record", type(transitions).__name__)
         if len(transitions) == 0:
             return
-        if self._n_steps > 1 and bool((transitions.intervals != 1).any()):
-            fail("intervals", "1, as n_steps makes the others when sampling", float(transitions.intervals.max()))
         slots = self._write(transitions)
-        for follower in (self._trajectories, self._successors):
-            if follower is not None:
-                follower.extend(slots, (transitions.terminals + transitions.timeouts).cpu() > 0)
+        for follower in self._followers():
+            follower.extend(slots, (transitions.terminals + transitions.timeouts).cpu() > 0)
 
     def _write(self, transitions: Transitions) -> Tensor:
+        if self._windows is not None:
+            self._windows.check(transitions)
         before = len(self)
         slots = self._storage.write(transitions)
         overwritten = slots[slots < before]
@@ -256,9 +267,8 @@ class ClusteredReplayBuffer:
             if row is not None and self._storage.holds(row):
                 self._storage.link(row, action)
         done = ((step.terminals + step.timeouts) > 0).cpu()
-        for follower in (self._trajectories, self._successors):
-            if follower is not None:
-                follower.add(slots, done)
+        for follower in self._followers():
+            follower.add(slots, done)
         self._last_rows = {e: first + e for e in range(len(step)) if not done[e]}
 
     def attach(self, critics: Critics) -> None:
@@ -276,22 +286,28 @@ class ClusteredReplayBuffer:
             self.refresh()
         slots, cluster = self._sampler.sample(batch_size)
         self._batches += 1
-        batch = self._gather(slots, cluster)
-        return batch if self._storage.device == self.device else batch.to(self.device)
+        return self._gather(slots, cluster)
 
     def _gather(self, slots: Tensor, cluster: int = -1) -> Transitions:
-        if self._successors is None:
-            return self._storage.gather(slots, cluster=cluster)
-        return self._storage.gather_n_steps(
-            slots, self._successors, n_steps=self._n_steps, discount=self._discount, cluster=cluster
-        )
+        return (self._storage if self._windows is None else self._windows).gather(slots, cluster=cluster)
 
     def _rows(self, start: int, stop: int) -> Transitions:
         """To be read at once and not kept."""
-        return self._storage.rows(start, stop) if self._successors is None else self._gather(torch.arange(start, stop))
+        return self._storage.rows(start, stop) if self._windows is None else self._gather(torch.arange(start, stop))
 
-    def batches(self, batch_size: int, *, steps: int | None = None) -> Iterator[Transitions]:
+    def _followers(self) -> list[Trajectories | Neighbours]:
+        """What keeps track of trajectories."""
+        neighbours = None if self._windows is None else self._windows.neighbours
+        return [follower for follower in (self._trajectories, neighbours) if follower is not None]
+
+    def batches(self, batch_size: int, *, steps: int | None = None, prefetch: int = 0) -> Iterator[Transitions]:
         """`steps` batches, one after the other, as `sample` gives them; without end where `steps` is None.
+
+        Args:
+            batch_size, steps: numbers of rows and of batches.
+            prefetch: so many batches are drawn ahead: on a CUDA device, they are copied there on a stream of their own
+                while the training goes on (with storage="pinned"). Refreshes, additions and saves then come that many
+                batches early.
 
         >>> rows = torch.zeros(10, 1)
         >>> data = Transitions(observations=rows, actions=rows, rewards=rows, next_observations=rows, terminals=rows)
@@ -301,8 +317,12 @@ class ClusteredReplayBuffer:
         """
         if steps is not None:
             check_integer("steps", steps, minimum=0)
+        check_integer("prefetch", prefetch, minimum=0)
         self._sampler.check(batch_size)
-        return (self.sample(batch_size) for _ in (itertools.count() if steps is None else range(steps)))
+        calls = itertools.count() if steps is None else range(steps)
+        if prefetch == 0:
+            return (self.sample(batch_size) for _ in calls)
+        return drawn_ahead((partial(self.sample, batch_size) for _ in calls), prefetch, self.device)
 
     def refresh(self, critics: Critics | None = None) -> RefreshReport:
         """Cluster all transitions by the critics given, or by those attached. When it fails, batches go on as before.
@@ -384,7 +404,7 @@ class ClusteredReplayBuffer:
             "sampler": self._sampler.state(),
             "clusterer": self._clusterer.state_dict(),
             "trajectories": None if self._trajectories is None else self._trajectories.state(),
-            "successors": None if self._successors is None else self._successors.state(),
+            "neighbours": None if self._windows is None else self._windows.neighbours.state(),
             "policy": policy.state_dict() if isinstance(policy, OnDrift) else None,
             "batches": self._batches,
             "next_refresh": self._next_refresh,
@@ -418,9 +438,9 @@ class ClusteredReplayBuffer:
         trajectories = None if self._trajectories is None else Trajectories(self.capacity)
         if trajectories is not None:
             trajectories.restore(state["trajectories"])
-        successors = None if self._successors is None else Successors(self.capacity)
-        if successors is not None:
-            successors.restore(state["successors"])
+        neighbours = None if self._windows is None else Neighbours(self.capacity)
+        if neighbours is not None:
+            neighbours.restore(state["neighbours"])
         report = None if state["report"] is None else RefreshReport(**state["report"])
         last_rows = {int(environment): int(row) for environment, row in state["last_rows"]}
         batches, next_refresh = int(state["batches"]), int(state["next_refresh"])
@@ -433,7 +453,9 @@ class ClusteredReplayBuffer:
         self._generator.set_state(sampler.generator.get_state())  # the clusterer draws from it, too
         sampler.generator = self._generator
         self._storage, self._sampler = storage, sampler
-        self._trajectories, self._successors = trajectories, successors
+        self._trajectories = trajectories
+        if self._windows is not None and neighbours is not None:
+            self._windows.storage, self._windows.neighbours = storage, neighbours
         self._batches, self._next_refresh, self._last_report, self._last_rows = batches, next_refresh, report, last_rows
         if isinstance(self._refresh_policy, OnDrift) and state["policy"] is not None:
             self._refresh_policy.load_state_dict(state["policy"], self)

@@ -313,7 +313,7 @@ class SingleClusterSampler:
         return rows.clamp_(max=self.size - 1)
 
     def _accept(self, partition: Partition, clusters: Iterable[int], rows: Tensor) -> None:
-        """Each of the rows, drawn uniformly, goes to the pool of z with probability r_iz; clusters share one uniform."""
+        """Each of the rows, drawn uniformly, goes to the pool of z with probability r_iz: one uniform decides."""
         left = self._uniforms(len(rows)).mul_(1 + ROUNDING)
         homeless = left >= 0
         for z in clusters:

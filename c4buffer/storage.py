@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ._checks import fail
 from .memory import free_bytes
-from .trajectories import Successors
 from .transitions import Transitions, map_observations, observation_leaves, with_leaves
 
 
@@ -25,13 +24,25 @@ class RingStorage:
     Args:
         capacity: rows.
         device: where the rows live.
+        target: where gathered rows go; None for `device`.
+        pinned: by way of page-locked memory, from which a GPU takes them without the processor waiting.
         folder: keep them in files there, which may be larger than the memory; None for memory. Files that are there
             already are not touched. The files are the ring's own and are no checkpoint.
     """
 
-    def __init__(self, capacity: int, *, device: torch.device, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        device: torch.device,
+        target: torch.device | None = None,
+        pinned: bool = False,
+        folder: Path | None = None,
+    ) -> None:
         self.capacity = capacity
         self.device = device
+        self.target = device if target is None else target
+        self.pinned = pinned
         self.folder = folder
         self.written = 0  # rows ever written; row j of them is in slot j % capacity
         self._rows: dict[torch.dtype, Tensor] = {}  # [capacity, floats of all fields]
@@ -49,20 +60,19 @@ class RingStorage:
     def write(self, transitions: Transitions) -> Tensor:
         """Append rows; of more than fit, the last. Returns their slots, int64, in the order of the rows."""
         self._check_form(transitions)
-        kept = transitions[max(0, len(transitions) - self.capacity) :]
-        first = self.written + len(transitions) - len(kept)
-        slots = torch.arange(first, first + len(kept)) % self.capacity
+        rows = len(transitions)
+        kept = transitions if rows <= self.capacity else transitions[rows - self.capacity :]
         if not self._columns:
             self._allocate(kept)
-        # At most two runs of consecutive slots: up to the end of the ring, and from its start.
-        start = int(slots[0])
+        start = (self.written + rows - len(kept)) % self.capacity
         head = min(len(kept), self.capacity - start)
         for name, value in kept.columns():
             for target, source in zip(observation_leaves(self._columns[name]), observation_leaves(value)):
                 target[start : start + head] = source[:head]
-                target[: len(kept) - head] = source[head:]
-        self.written += len(transitions)
-        return slots
+                if head < len(kept):  # around the end of the ring
+                    target[: len(kept) - head] = source[head:]
+        self.written += rows
+        return torch.arange(start, start + len(kept)) % self.capacity
 
     def holds(self, row: int) -> bool:
         """Whether the `row`-th row ever written has not been overwritten yet."""
@@ -75,9 +85,9 @@ class RingStorage:
         self._columns["has_next_actions"][slot] = 1
 
     def gather(self, slots: Tensor, *, cluster: int = -1) -> Transitions:
-        """Copies of the rows in `slots`, int64 [B]."""
+        """Copies of the rows in `slots`, int64 [B], on `target`."""
         index = slots.to(self.device)
-        parts = {dtype: _parts(rows.index_select(0, index), *self._widths[dtype]) for dtype, rows in self._rows.items()}
+        parts = {dtype: _parts(self._gathered(rows, index), *self._widths[dtype]) for dtype, rows in self._rows.items()}
 
         def take(leaf: Tensor) -> Tensor:
             wide, scalars = parts[leaf.dtype]
@@ -89,36 +99,21 @@ class RingStorage:
             name: take(value) if isinstance(value, Tensor) else map_observations(take, value)
             for name, value in self._columns.items()
         }
+        if self.target != self.device:
+            index = index.to(self.target)
         return Transitions.unchecked(columns, indices=index, cluster=cluster)
 
-    def gather_n_steps(
-        self, slots: Tensor, successors: Successors, *, n_steps: int, discount: float, cluster: int = -1
-    ) -> Transitions:
-        """n-step transitions from the rows in `slots`, of fewer steps where the trajectory ends or has no more rows.
+    def _gathered(self, rows: Tensor, index: Tensor) -> Tensor:
+        if self.target == self.device:
+            return rows.index_select(0, index)
+        taken = torch.empty(len(index), rows.shape[1], dtype=rows.dtype, pin_memory=self.pinned)
+        torch.index_select(rows, 0, index, out=taken)
+        return taken.to(self.target, non_blocking=self.pinned)
 
-        r = sum_k gamma^k r_k; s', a', and the flags are the last row's; `intervals` is the number of steps.
-        """
-        first = self.gather(slots, cluster=cluster)
-        here = slots
-        rewards, intervals = first.rewards.clone(), first.intervals.clone()
-        going = torch.ones(len(slots), dtype=torch.bool)
-        for step in range(1, n_steps):
-            on_device = here.to(self.device)
-            ended = (self._columns["terminals"][on_device] + self._columns["timeouts"][on_device]).cpu() > 0
-            following = successors.of(here)
-            going = going & ~ended & (following >= 0)
-            if not bool(going.any()):
-                break
-            here = torch.where(going, following, here)
-            alive = going.to(rewards)
-            rewards += discount**step * alive * self._columns["rewards"][here.to(self.device)]
-            intervals += alive.to(intervals)
-        end = self.gather(here)
-        columns = dict(first.columns())
-        for name in ("next_observations", "terminals", "timeouts", "next_actions", "has_next_actions"):
-            columns[name] = getattr(end, name)
-        columns.update(rewards=rewards, intervals=intervals)
-        return Transitions.unchecked(columns, indices=first.indices, cluster=cluster)
+    def column(self, name: str, slots: Tensor) -> Any:
+        """Copies of one field of the rows in `slots`."""
+        index = slots.to(self.device)
+        return map_observations(lambda leaf: leaf.index_select(0, index), self._columns[name])
 
     def rows(self, start: int, stop: int) -> Transitions:
         """The rows in slots start to stop, as views: to be read at once and not kept."""
@@ -188,9 +183,13 @@ class RingStorage:
 
     def _check_form(self, transitions: Transitions) -> None:
         for name, stored in self._columns.items():
-            expected, got = _form(stored), _form(getattr(transitions, name))
-            if got != expected:
-                fail(name, f"rows like those stored, {expected}", got)
+            value = getattr(transitions, name)
+            if isinstance(value, Tensor) and isinstance(stored, Tensor):
+                same = value.dtype == stored.dtype and value.shape[1:] == stored.shape[1:]
+            else:
+                same = _form(value) == _form(stored)
+            if not same:
+                fail(name, f"rows like those stored, {_form(stored)}", _form(value))
 
 
 def _parts(rows: Tensor, wide: list[int], scalars: int) -> tuple[Iterator[Tensor], Iterator[Tensor]]:
@@ -200,6 +199,8 @@ def _parts(rows: Tensor, wide: list[int], scalars: int) -> tuple[Iterator[Tensor
 
 
 def _cast(value: Any, stored: Any) -> Any:
+    if isinstance(value, Tensor) and isinstance(stored, Tensor) and value.dtype == stored.dtype:
+        return value
     leaves, kept = observation_leaves(value), observation_leaves(stored)
     if len(leaves) != len(kept):
         return value  # to be refused by its form

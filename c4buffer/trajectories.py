@@ -1,4 +1,4 @@
-"""Which trajectory each row of a ring belongs to, which row comes next in it, and what clusters take of it."""
+"""Which trajectory each row of a ring belongs to, which rows are next to it, and what clusters take of it."""
 
 from __future__ import annotations
 
@@ -71,10 +71,11 @@ class Trajectories:
         return self._numbers[:rows], self._times[:rows]
 
 
-class Successors:
-    """Of each slot of a ring, the slot of the next row in the same trajectory; -1 where there is none (yet).
+class Neighbours:
+    """Of each slot of a ring, the slots of the rows before and after it in the same trajectory; -1 where there is none.
 
-    A row is overwritten before its successor is, so that a link never leads to a row of another trajectory.
+    A row is overwritten before its successor is, so that a link forward never leads to a row of another trajectory; a
+    link back is kept as the number of the row, to be seen when that is overwritten.
 
     Args:
         capacity: slots.
@@ -82,14 +83,21 @@ class Successors:
 
     def __init__(self, capacity: int) -> None:
         self._next = torch.full((capacity,), -1)
-        self._written = 0  # row j of all that were ever written is in slot j % capacity
+        self._previous = torch.full((capacity,), -1)  # row j of all that were ever written is in slot j % capacity
+        self._written = 0
         self._open: dict[int, int] = {}  # the last row of each environment that is under way; -1 is that of `extend`
 
     def extend(self, slots: Tensor, ends: Tensor) -> None:
         """Rows one after the other, `ends` [M] where a trajectory's last is; the first goes on with what is open."""
+        first = self._written
         self._written += len(ends)
-        if len(slots) == len(ends):
+        whole = len(slots) == len(ends)
+        if whole:
             self._link(self._open.get(-1), int(slots[0]))
+        previous = torch.arange(first - 1, self._written - 1)
+        previous[0] = self._open.get(-1, -1)
+        previous[1:] = torch.where(ends[:-1], -1, previous[1:])
+        self._previous[slots] = previous[len(ends) - len(slots) :]
         ends = ends[len(ends) - len(slots) :]
         self._next[slots] = torch.cat([torch.where(ends[:-1], -1, slots[1:]), torch.tensor([-1])])
         self._close(-1, self._written - 1, bool(ends[-1]))
@@ -101,12 +109,25 @@ class Successors:
         self._next[slots] = -1
         for environment, end in enumerate(ends.tolist()):
             row = first + environment
-            if row >= self._written - len(self._next):  # not overwritten by the same step's rows
+            if self._holds(row):  # not overwritten by the same step's rows
                 self._link(self._open.get(environment), row % len(self._next))
+                self._previous[row % len(self._next)] = self._open.get(environment, -1)
             self._close(environment, row, end)
 
+    def after(self, slots: Tensor) -> Tensor:
+        """The successors [M] of some slots."""
+        return self._next[slots]
+
+    def before(self, slots: Tensor) -> Tensor:
+        """The predecessors [M] of some slots, as far as they have not been overwritten."""
+        rows = self._previous[slots]
+        return torch.where(rows >= max(0, self._written - len(self._next)), rows % len(self._next), -1)
+
+    def _holds(self, row: int) -> bool:
+        return row >= self._written - len(self._next)
+
     def _link(self, row: int | None, slot: int) -> None:
-        if row is not None and row >= self._written - len(self._next):
+        if row is not None and self._holds(row):
             self._next[row % len(self._next)] = slot
 
     def _close(self, environment: int, row: int, end: bool) -> None:
@@ -118,16 +139,13 @@ class Successors:
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
         open_ = [[environment, row] for environment, row in self._open.items()]
-        return {"next": self._next, "written": self._written, "open": open_}
+        return {"next": self._next, "previous": self._previous, "written": self._written, "open": open_}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take what `state` gave."""
         self._next.copy_(state["next"])
+        self._previous.copy_(state["previous"])
         self._written, self._open = state["written"], dict(state["open"])
-
-    def of(self, slots: Tensor) -> Tensor:
-        """The successors [M] of some slots."""
-        return self._next[slots]
 
 
 def with_tails(labels: Tensor, n_clusters: int, numbers: Tensor, times: Tensor) -> Tensor:

@@ -309,8 +309,8 @@ def _as_scalars(argument: str, value: Any, rows: int) -> Tensor:
 
 def _as_flags(argument: str, value: Any, rows: int, *, like: Tensor) -> Tensor:
     flags = _as_scalars(argument, value, rows).to(like)
-    wrong = ((flags != 0) & (flags != 1)).nonzero()
-    if len(wrong):
+    if bool((flags * (flags - 1)).any()):
+        wrong = ((flags != 0) & (flags != 1)).nonzero()
         fail(argument, "0 or 1", f"{float(flags[wrong[0, 0]])} in row {int(wrong[0, 0])}")
     return flags
 

@@ -178,6 +178,42 @@ def test_memory_and_device_storage_draw_the_same_batches() -> None:
     assert_same_draws(*buffers)
 
 
+@pytest.mark.parametrize("prefetch", [1, 3, 50])
+def test_batches_drawn_ahead_are_the_same_batches(prefetch: int) -> None:
+    one, other = buffer_of(), buffer_of()
+    for buffer in (one, other):
+        buffer.refresh(CRITICS)
+    found = list(one.batches(16, steps=10, prefetch=prefetch))
+    assert len(found) == 10
+    for batch, expected in zip(found, other.batches(16, steps=10)):
+        assert batch.cluster == expected.cluster
+        assert_same(batch, expected)
+
+
+def test_so_many_batches_are_drawn_ahead_and_no_more_than_are_asked_for() -> None:
+    buffer = buffer_of()
+    drawn = []
+    sample = buffer.sample
+    buffer.sample = lambda size: (drawn.append(size), sample(size))[1]  # type: ignore[method-assign,func-returns-value]
+    batches = buffer.batches(16, steps=5, prefetch=2)
+    assert not drawn
+    counts = []
+    for _ in batches:
+        counts.append(len(drawn))
+    assert counts == [3, 4, 5, 5, 5]
+    assert len(list(buffer.batches(16, steps=0, prefetch=2))) == 0
+    endless = buffer.batches(16, prefetch=2)
+    assert [len(next(endless)) for _ in range(4)] == [16] * 4
+    with pytest.raises(ValueError, match="prefetch: expected an integer of at least 0, got -1"):
+        buffer.batches(16, prefetch=-1)
+
+
+def test_pinned_memory_is_for_cuda_devices() -> None:
+    message = "storage: expected another than 'pinned', unless device is a CUDA device, got device 'cpu'"
+    with pytest.raises(ValueError, match=message):
+        ClusteredReplayBuffer(4, storage="pinned")
+
+
 def test_with_replacement_a_batch_may_be_larger_than_the_buffer() -> None:
     buffer = buffer_of(transitions(5))
     assert len(buffer.sample(50)) == 50
@@ -777,7 +813,7 @@ def test_an_empty_buffer_has_nothing_to_sample(attached: bool) -> None:
         ("refresh", 1000, "a callable or None, got 1000"),
         ("clusterer", "kmeans", "a callable or None, got 'kmeans'"),
         ("assignment", "firm", "one of 'soft', 'hard', got 'firm'"),
-        ("storage", "disk", "one of 'memory', 'device', 'memmap', got 'disk'"),
+        ("storage", "disk", "one of 'memory', 'pinned', 'device', 'memmap', got 'disk'"),
         ("seed", -1, "an integer of at least 0, got -1"),
     ],
 )

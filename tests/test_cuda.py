@@ -135,6 +135,20 @@ def test_penalties(scale: Any) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize(("storage", "prefetch"), [("memory", 0), ("pinned", 0), ("pinned", 2), ("device", 2)])
+def test_batches_come_the_same_by_any_way(storage: Any, prefetch: int) -> None:
+    expected = ClusteredReplayBuffer.from_transitions(transitions(), seed=0)
+    buffer = ClusteredReplayBuffer.from_transitions(transitions(), device="cuda", storage=storage, seed=0)
+    total = torch.zeros((), device="cuda")
+    for batch in buffer.batches(256, steps=20, prefetch=prefetch):
+        other = expected.sample(256)
+        for (name, found), (_, value) in zip(batch.columns(), other.columns()):
+            assert found.is_cuda, name
+            assert torch.equal(found.cpu(), value), name
+        total += batch.rewards.sum()  # work of the caller's stream on memory that was filled on another
+    assert bool(total.isfinite())
+
+
 @pytest.mark.parametrize("storage", ["memory", "device"])
 def test_buffers(storage: Any) -> None:
     batches = []
