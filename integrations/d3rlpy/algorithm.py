@@ -3,20 +3,33 @@
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from d3rlpy.algos import (
     AWAC,
     BC,
+    BCQ,
+    BEAR,
     CQL,
+    CRR,
     DDPG,
+    DQN,
     IQL,
+    NFQ,
+    PLAS,
+    PRDC,
     SAC,
     TD3,
+    CalQL,
     DiscreteBC,
+    DiscreteBCQ,
+    DiscreteCQL,
     DiscreteRandomPolicy,
+    DiscreteSAC,
+    DoubleDQN,
+    PLASWithPerturbation,
     QLearningAlgoBase,
     QLearningAlgoImplBase,
     RandomPolicy,
@@ -29,11 +42,30 @@ from c4buffer import ClusteredReplayBuffer, Clusterer, CovariancePenalty, Critic
 from c4buffer._checks import fail
 
 from .config import C4Config
-from .dataset import from_mini_batch, to_mini_batch, transitions_of
-from .reading import critics_of_impl
+from .dataset import from_mini_batch, returns_to_go_of, to_mini_batch, transitions_of
+from .reading import critics_of_impl, is_discrete
 from .sharing import can_be_shared, differentiable, values_kept
 
-SUPPORTED = (DDPG, TD3, TD3PlusBC, ReBRAC, SAC, AWAC, CQL, IQL)
+CONTINUOUS = (
+    DDPG,
+    TD3,
+    TD3PlusBC,
+    ReBRAC,
+    PRDC,
+    SAC,
+    AWAC,
+    CQL,
+    CalQL,
+    BEAR,
+    BCQ,
+    CRR,
+    PLAS,
+    PLASWithPerturbation,
+    IQL,
+)
+DISCRETE = (DQN, DoubleDQN, NFQ, DiscreteCQL, DiscreteBCQ, DiscreteSAC)
+SUPPORTED = (*CONTINUOUS, *DISCRETE)
+WARM_UPS = ("warmup_steps", "rl_start_step")  # of BEAR and PLAS, and of BCQ: updates before the critics learn
 WITHOUT_CRITIC = (BC, DiscreteBC, RandomPolicy, DiscreteRandomPolicy)
 
 
@@ -65,6 +97,7 @@ def armed(algo: Any, config: C4Config) -> Any:
     algo.__class__ = _algorithm_class(algo.__class__)
     algo._c4_config = config
     algo._c4_reported = None
+    algo._c4_returns_to_go = None
     algo.c4_buffer = None
     algo.c4_clusterer = None
     if algo.impl is not None:
@@ -94,8 +127,10 @@ class C4Algorithm(QLearningAlgoBase):
 
     _c4_config: C4Config
     _c4_reported: Any
+    _c4_returns_to_go: torch.Tensor | None
     c4_buffer: ClusteredReplayBuffer | None
     c4_clusterer: Clusterer | None
+    _c4_attached: bool
 
     @property
     def config(self) -> Any:
@@ -151,8 +186,21 @@ class C4Algorithm(QLearningAlgoBase):
                 storage="device",
                 seed=seed,
             )
+            self._c4_returns_to_go = returns_to_go_of(dataset, self) if self.need_returns_to_go else None
+            self._c4_attached = False
+        if not self._c4_attached and self._grad_step >= self._c4_warm_up:
             self.c4_buffer.attach(self._impl.c4_critics)
-        return to_mini_batch(self.c4_buffer.sample(batch_size), self._device)
+            if self._c4_warm_up > 0:  # whatever batch it is
+                self.c4_buffer.refresh()
+            self._c4_attached = True
+        batch = self.c4_buffer.sample(batch_size)
+        returns_to_go = None if self._c4_returns_to_go is None else self._c4_returns_to_go[batch.indices]
+        return to_mini_batch(batch, self._device, returns_to_go)
+
+    @property
+    def _c4_warm_up(self) -> int:
+        """Updates before the critics learn, and have gradients worth clustering."""
+        return max(getattr(self._config, name, 0) for name in WARM_UPS)
 
 
 class C4Impl(QLearningAlgoImplBase):
@@ -169,27 +217,44 @@ class C4Impl(QLearningAlgoImplBase):
     _c4_every: int
     _c4_due: bool
     _c4_shares: bool
+    _c4_discrete: bool
+    _c4_penalties: list[torch.Tensor]  # of the running update, where no loss record takes them
 
     def inner_update(self, batch: TorchMiniBatch, grad_step: int) -> dict[str, float]:
         self._c4_due = self.c4_penalty.weight > 0 and grad_step % self._c4_every == 0
+        self._c4_penalties.clear()
         metrics: dict[str, float] = super().inner_update(batch, grad_step)
+        for penalty in self._c4_penalties:
+            metrics["c4_penalty"] = float(penalty)
         return metrics
 
     def compute_critic_loss(self, batch: TorchMiniBatch, q_tpn: torch.Tensor) -> Any:
+        """The loss of an actor-critic's critic, with the penalty when it is due."""
+        return self._c4_penalised(super().compute_critic_loss, batch, q_tpn)
+
+    def compute_loss(self, batch: TorchMiniBatch, q_tpn: torch.Tensor) -> Any:
+        """The loss of a Q-function without an actor, with the penalty when it is due."""
+        return self._c4_penalised(super().compute_loss, batch, q_tpn)
+
+    def _c4_penalised(self, compute: Callable[..., Any], batch: TorchMiniBatch, q_tpn: torch.Tensor) -> Any:
         if not self._c4_due:
-            return super().compute_critic_loss(batch, q_tpn)
+            return compute(batch, q_tpn)
         options: dict[str, Any] = {}
         if self._c4_shares and isinstance(self.c4_penalty, CovariancePenalty) and self.c4_penalty.kind == "gradient":
             batch = differentiable(batch)
             with values_kept(self.modules.q_funcs, batch) as values:
-                loss = super().compute_critic_loss(batch, q_tpn)
+                loss = compute(batch, q_tpn)
             if len(values) == len(self.modules.q_funcs):
                 options["values"] = values
         else:
-            loss = super().compute_critic_loss(batch, q_tpn)
-        penalty = self.c4_penalty(self.c4_critics, from_mini_batch(batch), **options)
+            loss = compute(batch, q_tpn)
+        penalty = self.c4_penalty(self.c4_critics, from_mini_batch(batch, discrete=self._c4_discrete), **options)
+        if isinstance(loss, torch.Tensor):  # DiscreteSAC's
+            self._c4_penalties.append(penalty.detach())
+            return loss + self._c4_every * penalty
         parts = {field.name: getattr(loss, field.name) for field in dataclasses.fields(loss)}
-        parts["critic_loss"] = loss.critic_loss + self._c4_every * penalty
+        name = "critic_loss" if "critic_loss" in parts else "loss"
+        parts[name] = parts[name] + self._c4_every * penalty
         return _loss_class(loss.__class__)(**parts, c4_penalty=penalty.detach())
 
 
@@ -201,6 +266,8 @@ def _arm_impl(impl: Any, config: C4Config) -> None:
     impl.c4_penalty = CovariancePenalty(config.penalty_weight, trace_weight=config.trace_weight, scale=scale, kind=kind)
     impl._c4_every = config.penalty_every
     impl._c4_due = False
+    impl._c4_penalties = []
+    impl._c4_discrete = is_discrete(impl)
     impl._c4_shares = can_be_shared(impl.modules.q_funcs)
 
 

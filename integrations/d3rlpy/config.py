@@ -25,7 +25,7 @@ class C4Config(LearnableConfig):
     Batch size, discount, scalers and the rest are those of `base`; to load a saved algorithm, import this module first.
 
     Args:
-        base: config of the algorithm: DDPG, TD3, TD3+BC, ReBRAC, SAC, AWAC, CQL or IQL.
+        base: config of the algorithm: any of d3rlpy's that learns a Q-function, with continuous or discrete actions.
         n_clusters: K.
         embedding: what is clustered, "gradients" or "features".
         refresh_interval: updates between clusterings. None: max(1000, N // 10).

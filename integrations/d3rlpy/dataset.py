@@ -116,7 +116,22 @@ def _scaled(columns: dict[str, Any], algo: Any) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in columns.items()}
 
 
-def to_mini_batch(batch: Transitions, device: str) -> TorchMiniBatch:
+def returns_to_go_of(dataset: ReplayBufferBase, algo: Any) -> Tensor:
+    """Discounted sums of the (scaled) rewards to each transition's episode's end, [N, 1], on the algorithm's device.
+
+    In the rows' order, and in d3rlpy's own arithmetic.
+    """
+    found = []
+    for index in range(dataset.transition_count):
+        rewards = dataset.transition_picker(*dataset.buffer[index]).rewards_to_go
+        if algo.reward_scaler is not None:
+            rewards = algo.reward_scaler.transform_numpy(rewards)
+        powers = (algo.gamma ** np.arange(len(rewards))).astype(np.float32).reshape(-1, 1)
+        found.append(np.sum(powers * rewards, axis=0))
+    return _floats(np.stack(found)).to(algo._device)
+
+
+def to_mini_batch(batch: Transitions, device: str, returns_to_go: Tensor | None = None) -> TorchMiniBatch:
     """A sampled batch of scaled transitions as d3rlpy's own record."""
     observations, next_observations = (
         list(value) if isinstance(value, tuple) else value for value in (batch.observations, batch.next_observations)
@@ -124,19 +139,27 @@ def to_mini_batch(batch: Transitions, device: str) -> TorchMiniBatch:
     rewards = batch.rewards.unsqueeze(1)
     return TorchMiniBatch(
         observations=observations,
-        actions=batch.actions,
+        actions=_action_columns(batch.actions),
         rewards=rewards,
         next_observations=next_observations,
-        next_actions=batch.next_actions,
-        returns_to_go=torch.zeros_like(rewards),
+        next_actions=_action_columns(batch.next_actions),
+        returns_to_go=torch.zeros_like(rewards) if returns_to_go is None else returns_to_go,
         terminals=batch.terminals.unsqueeze(1),
         intervals=batch.intervals.unsqueeze(1),
         device=device,
     )
 
 
-def from_mini_batch(batch: TorchMiniBatch) -> Transitions:
-    """d3rlpy's record as Transitions, nothing copied and nothing checked."""
+def _action_columns(actions: Tensor) -> Tensor:
+    """As d3rlpy has them: discrete actions [B] as floats in a column."""
+    return actions.float().unsqueeze(1) if actions.ndim == 1 else actions
+
+
+def from_mini_batch(batch: TorchMiniBatch, *, discrete: bool = False) -> Transitions:
+    """d3rlpy's record as Transitions, nothing checked; copied are discrete actions alone."""
+    actions, next_actions = (
+        value.squeeze(1).long() if discrete else value for value in (batch.actions, batch.next_actions)
+    )
     observations, next_observations = (
         tuple(value) if isinstance(value, list) else value for value in (batch.observations, batch.next_observations)
     )
@@ -144,12 +167,12 @@ def from_mini_batch(batch: TorchMiniBatch) -> Transitions:
     return Transitions.unchecked(
         {
             "observations": observations,
-            "actions": batch.actions,
+            "actions": actions,
             "rewards": batch.rewards.squeeze(1),
             "next_observations": next_observations,
             "terminals": terminals,
             "timeouts": torch.zeros_like(terminals),
-            "next_actions": batch.next_actions,
+            "next_actions": next_actions,
             "has_next_actions": 1 - terminals,
             "intervals": batch.intervals.squeeze(1),
         }

@@ -7,7 +7,7 @@ import torch
 from c4buffer import MixtureClusterer, Transitions, decompose_cross_covariance, stacked_gradients
 
 from .dataset import to_mini_batch
-from .reading import critics_of
+from .reading import critics_of, is_discrete
 
 
 def measure(algo: Any, transitions: Transitions, *, n_clusters: int = 3) -> dict[str, float]:
@@ -51,10 +51,15 @@ def _value_and_loss(impl: Any, transitions: Transitions, device: str) -> tuple[f
     devices = [torch.device(device)] if "cuda" in device else []
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
-        q = impl._q_func_forwarder.compute_expected_q(batch.observations, batch.actions, "mean")
+        actions = batch.actions
+        if is_discrete(impl):
+            actions = actions.long()
+            q = impl._q_func_forwarder.compute_expected_q(batch.observations, "mean").gather(1, actions)
+        else:
+            q = impl._q_func_forwarder.compute_expected_q(batch.observations, actions, "mean")
         loss = impl._q_func_forwarder.compute_error(
             observations=batch.observations,
-            actions=batch.actions,
+            actions=actions,
             rewards=batch.rewards,
             target=impl.compute_target(batch),
             terminals=batch.terminals,

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from d3rlpy.constants import ActionSpace
+from d3rlpy.models.torch.q_functions import DiscreteEnsembleQFunctionForwarder
 from torch import Tensor, nn
 
 from c4buffer import Critics
@@ -28,12 +28,30 @@ class _Member(nn.Module):
         return hidden
 
 
+class _DiscreteMember(nn.Module):
+    """One Q-function of d3rlpy's ensemble for discrete actions: `observations -> [B, n_actions]`, its expectation."""
+
+    def __init__(self, q_function: nn.Module, forwarder: Any) -> None:
+        super().__init__()
+        self.q_function: Any = q_function
+        self._forwarder = forwarder
+
+    def forward(self, observations: Any) -> Tensor:
+        expected: Tensor = self._forwarder.compute_expected_q(_as_d3rlpy(observations))
+        return expected
+
+    def features(self, observations: Any, actions: Tensor) -> Tensor:
+        """The output of the encoder, [B, F]: the last hidden layer, which no action enters."""
+        hidden: Tensor = self.q_function.encoder(_as_d3rlpy(observations))
+        return hidden
+
+
 class _Greedy(nn.Module):
     """The policy's best action."""
 
     def __init__(self, impl: Any) -> None:
         super().__init__()
-        self.policy = impl.policy
+        self.policy = getattr(impl.modules, "policy", impl.q_function)  # without one, the Q-functions are the policy
         self._impl = impl
 
     def forward(self, observations: Any) -> Tensor:
@@ -46,14 +64,19 @@ def critics_of(algo: Any, *, next_action: str = "dataset") -> Critics:
     """The critics of a built d3rlpy algorithm, wrapped or not.
 
     Args:
-        algo: with continuous actions and an ensemble of Q-functions.
+        algo: with an ensemble of Q-functions.
         next_action: a' of g': "dataset" for the data's, "policy" for the policy's best action.
     """
     if getattr(algo, "impl", None) is None:
         fail("algo", "a built algorithm (call build_with_dataset, build_with_env or fit first)", "one without networks")
-    if algo.get_action_type() != ActionSpace.CONTINUOUS or not hasattr(algo.impl, "_q_func_forwarder"):
-        fail("algo", "one with continuous actions and an ensemble of Q-functions", type(algo).__name__)
+    if not hasattr(algo.impl, "_q_func_forwarder"):
+        fail("algo", "one with an ensemble of Q-functions", type(algo).__name__)
     return critics_of_impl(algo.impl, next_action=next_action)
+
+
+def is_discrete(impl: Any) -> bool:
+    """Whether d3rlpy's implementation object is one for discrete actions."""
+    return isinstance(impl._q_func_forwarder, DiscreteEnsembleQFunctionForwarder)
 
 
 def critics_of_impl(impl: Any, *, next_action: str) -> Critics:
@@ -61,9 +84,10 @@ def critics_of_impl(impl: Any, *, next_action: str) -> Critics:
     modules = impl.modules
     critic = zip(modules.q_funcs, impl._q_func_forwarder.forwarders)
     target = zip(modules.targ_q_funcs, impl._targ_q_func_forwarder.forwarders)
+    member = _DiscreteMember if is_discrete(impl) else _Member
     return Critics(
-        [_Member(*pair) for pair in critic],
-        [_Member(*pair) for pair in target],
+        [member(*pair) for pair in critic],
+        [member(*pair) for pair in target],
         policy=_Greedy(impl) if next_action == "policy" else None,
     )
 

@@ -15,14 +15,27 @@ import torch
 from c4buffer.integrations.d3rlpy import C4Config, critics_of, measure, transitions_of, wrap
 from c4buffer.integrations.d3rlpy.dataset import from_mini_batch
 from d3rlpy.algos import (
+    PRDC,
     AWACConfig,
     BCConfig,
+    BCQConfig,
+    BEARConfig,
+    CalQLConfig,
     CQLConfig,
+    CRRConfig,
     DDPGConfig,
     DecisionTransformerConfig,
     DiscreteBCConfig,
+    DiscreteBCQConfig,
+    DiscreteCQLConfig,
+    DiscreteSACConfig,
+    DoubleDQNConfig,
     DQNConfig,
     IQLConfig,
+    NFQConfig,
+    PLASConfig,
+    PLASWithPerturbationConfig,
+    PRDCConfig,
     RandomPolicyConfig,
     ReBRACConfig,
     SACConfig,
@@ -41,6 +54,7 @@ from d3rlpy.dataset import (
 )
 from d3rlpy.logging import FileAdapterFactory, NoopAdapterFactory
 from d3rlpy.models.encoders import VectorEncoderFactory
+from d3rlpy.models.q_functions import IQNQFunctionFactory, QRQFunctionFactory
 from d3rlpy.preprocessing import MinMaxActionScaler, MultiplyRewardScaler, StandardObservationScaler
 
 from c4buffer import ClusteredReplayBuffer, CovariancePenalty, Transitions, stacked_gradients
@@ -55,16 +69,33 @@ CONTINUOUS = [
     DDPGConfig,
     AWACConfig,
     ReBRACConfig,
+    PRDCConfig,
+    CalQLConfig,
+    BEARConfig,
+    BCQConfig,
+    CRRConfig,
+    PLASConfig,
+    PLASWithPerturbationConfig,
 ]
+DISCRETE = [DQNConfig, DoubleDQNConfig, NFQConfig, DiscreteCQLConfig, DiscreteBCQConfig, DiscreteSACConfig]
+ALL = [*CONTINUOUS, *DISCRETE]
+WARM_UPS = {BEARConfig: "warmup_steps", PLASConfig: "warmup_steps", PLASWithPerturbationConfig: "warmup_steps"}
+WARM_UPS[BCQConfig] = "rl_start_step"
 
 
-def episodes(count: int = 6, seed: int = 0, steps: int = 20) -> list[Episode]:
-    """Episodes of 3-dimensional observations and 2-dimensional actions; every second one is terminated."""
+def episodes(count: int = 6, seed: int = 0, steps: int = 20, *, discrete: bool = False) -> list[Episode]:
+    """Episodes of 3-dimensional observations and 2-dimensional (or 4) actions; every second one is terminated."""
     generator = np.random.default_rng(seed)
+
+    def actions(rows: int) -> Any:
+        if discrete:
+            return generator.permutation(np.arange(rows) % 4).astype(np.int32).reshape(-1, 1)
+        return generator.uniform(-1, 1, size=(rows, 2)).astype(np.float32)
+
     return [
         Episode(
             observations=generator.normal(size=(steps + i, 3)).astype(np.float32),
-            actions=generator.uniform(-1, 1, size=(steps + i, 2)).astype(np.float32),
+            actions=actions(steps + i),
             rewards=generator.normal(size=(steps + i, 1)).astype(np.float32),
             terminated=i % 2 == 0,
         )
@@ -91,13 +122,16 @@ def dataset_of(parts: list[Episode], **options: Any) -> ReplayBuffer:
 
 
 def small(config: type, **fields: Any) -> Any:
-    """A config with small networks."""
-    encoders = {
-        name: SMALL
-        for name in ("actor_encoder_factory", "critic_encoder_factory", "value_encoder_factory")
-        if name in {field.name for field in dataclasses.fields(config)}
-    }
-    return config(batch_size=16, **encoders, **fields)
+    """A config with small networks, few sampled actions and no warm-up."""
+    names = {field.name for field in dataclasses.fields(config)}
+    options = {name: SMALL for name in names if name.endswith("encoder_factory")}
+    options.update(dict.fromkeys(names & {"n_action_samples", "n_mmd_action_samples", "n_target_samples"}, 3))
+    options.update(dict.fromkeys(names & set(WARM_UPS.values()), 0))
+    return config(**{"batch_size": 16, **options, **fields})
+
+
+def data_for(config: type, count: int = 6) -> ReplayBuffer:
+    return dataset_of(episodes(count, discrete=config in DISCRETE))
 
 
 def built(config: Any, dataset: ReplayBuffer, seed: int = 0) -> Any:
@@ -108,6 +142,10 @@ def built(config: Any, dataset: ReplayBuffer, seed: int = 0) -> Any:
         if scaler is not None and not scaler.built:
             scaler.fit_with_transition_picker(dataset.episodes, dataset.transition_picker)
     algo.build_with_dataset(dataset)
+    if isinstance(algo, PRDC):  # its own `fit` does this before it trains
+        steps = [dataset.transition_picker(*dataset.buffer[i]) for i in range(dataset.transition_count)]
+        rows = [np.concatenate([algo._config.beta * step.observation, step.action]) for step in steps]
+        algo._nbsr.fit(np.stack(rows))
     return algo
 
 
@@ -141,9 +179,9 @@ def assert_same_state(one: Any, other: Any) -> None:
         assert torch.equal(first[name], second[name]), name
 
 
-@pytest.mark.parametrize("config", CONTINUOUS)
+@pytest.mark.parametrize("config", ALL)
 def test_one_cluster_and_no_penalty_equals_the_plain_algorithm_bit_for_bit(config: type) -> None:
-    dataset = dataset_of(episodes())
+    dataset = data_for(config)
     plain = built(small(config), dataset)
     wrapped = built(C4Config(base=small(config), n_clusters=1, penalty_weight=0), dataset)
     assert_same_state(plain, wrapped)
@@ -155,17 +193,17 @@ def test_one_cluster_and_no_penalty_equals_the_plain_algorithm_bit_for_bit(confi
     assert_same_state(plain, wrapped)
 
 
-@pytest.mark.parametrize("config", [TD3PlusBCConfig, IQLConfig, CQLConfig])
+@pytest.mark.parametrize("config", ALL)
 def test_fit_equals_the_plain_algorithm_fed_the_rows_that_were_drawn(config: type, drawn: list[Transitions]) -> None:
-    dataset = dataset_of(episodes())
+    dataset = data_for(config)
 
     def scaled() -> Any:
-        return small(
-            config,
-            observation_scaler=StandardObservationScaler(),
-            action_scaler=MinMaxActionScaler(),
-            reward_scaler=MultiplyRewardScaler(0.5),
-        )
+        scalers = {"observation_scaler": StandardObservationScaler(), "reward_scaler": MultiplyRewardScaler(0.5)}
+        if config is PRDCConfig:  # its neighbours are looked up among scaled rows, which only its own `fit` knows
+            scalers.pop("observation_scaler")
+        elif config in CONTINUOUS:
+            scalers["action_scaler"] = MinMaxActionScaler()
+        return small(config, **scalers)
 
     plain = built(scaled(), dataset)
     wrapped = built(C4Config(base=scaled(), n_clusters=1, penalty_weight=0, seed=3), dataset)
@@ -178,10 +216,10 @@ def test_fit_equals_the_plain_algorithm_fed_the_rows_that_were_drawn(config: typ
     assert_same_state(plain, wrapped)
 
 
-@pytest.mark.parametrize("config", CONTINUOUS)
+@pytest.mark.parametrize("config", ALL)
 @pytest.mark.parametrize("scale", ["raw", "relative"])
 def test_the_critics_gradient_is_that_of_the_loss_plus_the_penalty(config: type, scale: str) -> None:
-    dataset = dataset_of(episodes())
+    dataset = data_for(config)
     batch = mini_batch(dataset, range(40, 60))
     fields = {"penalty_weight": 0.7, "penalty_scale": scale, "penalty_every": 3}
     plain = built(small(config), dataset)
@@ -190,15 +228,21 @@ def test_the_critics_gradient_is_that_of_the_loss_plus_the_penalty(config: type,
     gradients = []
     for algo in (plain, wrapped):
         d3rlpy.seed(1)
-        algo.impl.modules.critic_optim.zero_grad()
+        algo.impl.q_function.zero_grad()
         algo.impl.modules.set_train()
         # the first half of an update: the critic's gradient, no step
         torch_batch = torch_batch_of(batch)
         algo.impl._c4_due = True
-        loss = algo.impl.compute_critic_loss(torch_batch, algo.impl.compute_target(torch_batch))
-        loss.critic_loss.backward()
+        target = algo.impl.compute_target(torch_batch)
+        if config in DISCRETE[:-1]:
+            loss = algo.impl.compute_loss(torch_batch, target).loss
+        else:
+            loss = algo.impl.compute_critic_loss(torch_batch, target)
+            loss = loss if isinstance(loss, torch.Tensor) else loss.critic_loss
+        loss.backward()
         gradients.append([parameter.grad.clone() for parameter in algo.impl.q_function.parameters()])
-    penalty = CovariancePenalty(0.7, scale=scale)(critics_of(before), from_mini_batch(torch_batch_of(batch)))
+    seen = from_mini_batch(torch_batch_of(batch), discrete=config in DISCRETE)
+    penalty = CovariancePenalty(0.7, scale=scale)(critics_of(before), seen)
     added = torch.autograd.grad(penalty, list(before.impl.q_function.parameters()), allow_unused=True)
     for without, with_it, extra in zip(*gradients, added):
         expected = without if extra is None else without + 3 * extra
@@ -247,11 +291,11 @@ def test_fit_clusters_draws_from_one_cluster_and_reports(drawn: list[Transitions
         {"penalty_weight": 0, "n_clusters": 1},
     ],
 )
-@pytest.mark.parametrize("config", CONTINUOUS)
+@pytest.mark.parametrize("config", ALL)
 def test_every_option_trains_every_algorithm(config: type, fields: dict[str, Any]) -> None:
     algo = C4Config(base=small(config), refresh_interval=3, penalty_every=2, **fields).create()
     results = algo.fit(
-        dataset_of(episodes(10)),
+        data_for(config, 10),
         n_steps=6,
         n_steps_per_epoch=6,
         show_progress=False,
@@ -302,6 +346,56 @@ def test_a_second_fit_draws_other_batches_and_the_first_is_reproducible(drawn: l
     assert torch.equal(first[0].indices, second[0].indices)
     algo.fit(dataset, **quiet)
     assert not torch.equal(drawn[8].indices, second[0].indices)
+
+
+@pytest.mark.parametrize("config", ALL)
+def test_what_is_saved_comes_back_with_the_same_predictions(config: type, tmp_path: Path) -> None:
+    dataset = data_for(config)
+    algo = C4Config(base=small(config), n_clusters=2, seed=0).create()
+    algo.fit(dataset, n_steps=3, n_steps_per_epoch=3, show_progress=False, logger_adapter=NoopAdapterFactory())
+    algo.save(str(tmp_path / "algo.d3"))
+    loaded = d3rlpy.load_learnable(str(tmp_path / "algo.d3"))
+    assert type(loaded) is type(algo)
+    assert json.loads(loaded.config.serialize()) == json.loads(algo.config.serialize())
+    observations = np.random.default_rng(1).normal(size=(8, 3)).astype(np.float32)
+    actions = np.arange(8).reshape(-1, 1) % 4 if config in DISCRETE else np.full((8, 2), 0.5, np.float32)
+    found = []
+    for each in (algo, loaded):
+        d3rlpy.seed(0)  # BCQ, BEAR and CRR draw their actions
+        found.append((each.predict(observations), each.predict_value(observations, actions)))
+    for one, other in zip(*found):
+        np.testing.assert_array_equal(one, other)
+    assert_same_state(algo, loaded)
+
+
+@pytest.mark.parametrize("config", sorted(WARM_UPS, key=lambda cls: cls.__name__))
+def test_clusters_wait_until_the_critics_learn(config: type, drawn: list[Transitions]) -> None:
+    algo = C4Config(base=small(config, **{WARM_UPS[config]: 7}), n_clusters=2, penalty_every=1, seed=0).create()
+    algo.fit(
+        data_for(config), n_steps=12, n_steps_per_epoch=12, show_progress=False, logger_adapter=NoopAdapterFactory()
+    )
+    assert [batch.cluster for batch in drawn[:7]] == [-1] * 7
+    assert all(batch.cluster >= 0 for batch in drawn[7:])
+
+
+@pytest.mark.parametrize(
+    ("config", "q_function"),
+    [
+        (TD3PlusBCConfig, QRQFunctionFactory),
+        (SACConfig, QRQFunctionFactory),
+        (DQNConfig, QRQFunctionFactory),
+        (DQNConfig, IQNQFunctionFactory),
+        (DiscreteCQLConfig, IQNQFunctionFactory),
+    ],
+)
+def test_distributional_q_functions_are_clustered_by_their_mean(config: type, q_function: Any) -> None:
+    algo = C4Config(
+        base=small(config, q_func_factory=q_function()), refresh_interval=3, penalty_every=1, n_clusters=2
+    ).create()
+    results = algo.fit(
+        data_for(config), n_steps=6, n_steps_per_epoch=6, show_progress=False, logger_adapter=NoopAdapterFactory()
+    )
+    assert results[0][1]["c4_penalty"] > 0
 
 
 def test_save_load_and_continue(tmp_path: Path) -> None:
@@ -479,10 +573,17 @@ def test_algorithms_without_a_critic_are_refused_with_the_reason(config: type) -
         C4Config(base=config()).create()
 
 
-@pytest.mark.parametrize("config", [DQNConfig, DecisionTransformerConfig])
-def test_other_algorithms_are_refused(config: type) -> None:
-    with pytest.raises(ValueError, match="algo: expected"):
-        wrap(config().create())
+def test_other_algorithms_are_refused() -> None:
+    with pytest.raises(ValueError, match="algo: expected a d3rlpy Q-learning algorithm, got DecisionTransformer"):
+        wrap(DecisionTransformerConfig().create())
+
+    class Changed(TD3PlusBC):
+        """Its loss may be anything."""
+
+    algo = TD3PlusBCConfig().create()
+    algo.__class__ = Changed
+    with pytest.raises(ValueError, match="algo: expected one of AWAC, BCQ, BEAR, .*, got Changed"):
+        wrap(algo)
 
 
 def test_a_second_wrap_is_refused_and_changes_nothing() -> None:
@@ -527,11 +628,10 @@ def test_datasets_and_calls_that_do_not_fit_are_refused() -> None:
         transitions_of(MixedReplayBuffer(one, dataset_of(episodes(seed=1)), secondary_mix_ratio=0.5))
     with pytest.raises(ValueError, match="algo: expected a built algorithm"):
         critics_of(small(TD3PlusBCConfig).create())
-    for config in (BCConfig, DQNConfig):
-        algo = config(batch_size=16).create()
-        algo.create_impl((3,), 2)
-        with pytest.raises(ValueError, match="algo: expected one with continuous actions and an ensemble"):
-            critics_of(algo)
+    algo = BCConfig(batch_size=16).create()
+    algo.create_impl((3,), 2)
+    with pytest.raises(ValueError, match="algo: expected one with an ensemble of Q-functions, got BC"):
+        critics_of(algo)
     with pytest.raises(ValueError, match="fit_online: expected offline training"):
         C4Config(base=small(SACConfig)).create().fit_online(None)
 
