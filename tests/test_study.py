@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -12,6 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+
+from c4buffer import Critics, Transitions, covariance_penalty, stacked_gradients
 
 STUDY = Path(__file__).parent.parent / "benchmarks" / "study"
 TIMES = ("training_seconds", "seconds")
@@ -138,3 +142,48 @@ for one, other in zip(before, results()):
 def test_products_by_onednn_are_those_of_torch() -> None:
     """In a process of its own: it takes over the operators of the whole process."""
     subprocess.run([sys.executable, "-c", PRODUCTS], check=True, env={**os.environ, "PYTHONPATH": str(STUDY)})
+
+
+@pytest.fixture
+def arms(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(STUDY))
+    return importlib.import_module("arms")
+
+
+def controls() -> tuple[Critics, Transitions]:
+    torch.manual_seed(0)
+    q = [torch.nn.Bilinear(3, 2, 1).double() for _ in range(2)]
+    rows = [torch.randn(16, width, dtype=torch.float64) for width in (3, 2, 3)]
+    zeros = torch.zeros(16, dtype=torch.float64)
+    batch = Transitions(
+        observations=rows[0], actions=rows[1], rewards=zeros, next_observations=rows[2], terminals=zeros
+    )
+    return Critics(q, q), batch
+
+
+def test_the_capped_penalty_is_the_raw_one_below_a_ceiling(arms: Any) -> None:
+    critics, batch = controls()
+    embeddings = [stacked_gradients(Critics(q, q), batch) for q in critics.critic]
+    raw = torch.stack([covariance_penalty(*values.chunk(2, dim=1)) for values in embeddings])
+    for cap in (1e6, 1.0, 0.01):
+        expected = 0.5 * (cap * torch.tanh(raw / cap)).sum()
+        torch.testing.assert_close(arms.CappedPenalty(0.5, cap=cap)(critics, batch), expected)
+
+
+def test_the_variance_control_follows_the_trace_and_has_the_targets_units(arms: Any) -> None:
+    critics, batch = controls()
+    penalty = arms.GradientVariancePenalty(0.5)(critics, batch)
+    found = torch.autograd.grad(penalty, [q.weight for q in critics.critic])
+    for q, gradient in zip(critics.critic, found):
+        weight = q.weight.detach().requires_grad_()
+        g = torch.cat([batch.actions @ weight[0].T, batch.observations @ weight[0]], dim=1)
+        trace = g.var(dim=0).sum()
+        scale = q(*critics.next_inputs(batch)).detach().var()
+        expected = torch.autograd.grad(0.5 * trace / trace.detach() * scale, weight)[0]
+        torch.testing.assert_close(gradient, expected)
+
+
+def test_every_arm_of_every_grid_is_defined(arms: Any) -> None:
+    for grid in arms.GRIDS.values():
+        assert set(grid.arms) <= set(arms.ARMS)
+        assert set(grid.beside) <= set(arms.GRIDS)

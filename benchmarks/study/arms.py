@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from c4buffer import CovariancePenalty, Critics, Transitions
+from c4buffer import CovariancePenalty, Critics, Transitions, covariance_penalty
 from c4buffer.critics import paired_gradients
 
 
@@ -22,12 +22,18 @@ class Arm:
         layer_norm: in the critic.
         random_partition: clusters of equal sizes drawn at random at each refresh, in place of the mixture's.
         gradient_norm: the mean squared gradient in place of the covariance penalty, with the same normaliser.
+        gradient_variance: the trace of its covariance in that place.
+        cap: the raw penalty P of each critic becomes cap * tanh(P / cap), as in C4's published code.
+        buffer: options of the ClusteredReplayBuffer that C4Config has no field for.
     """
 
     c4: dict[str, Any] | None = None
     layer_norm: bool = False
     random_partition: bool = False
     gradient_norm: bool = False
+    gradient_variance: bool = False
+    cap: float | None = None
+    buffer: dict[str, Any] = field(default_factory=dict)
 
 
 SAMPLER = {"n_clusters": 3, "refresh_interval": 1000, "penalty_weight": 0.0}
@@ -44,11 +50,41 @@ ARMS = {
     "feature-penalty": Arm(c4={**UNIFORM, "penalty_kind": "feature", "penalty_weight": 0.3, "penalty_every": 1}),
     "c4": Arm(c4={**SAMPLER, **PENALTY}),
 }
+FIRST = tuple(ARMS)
+
+BEST = {**SAMPLER, **PENALTY}  # what the search starts from; each of its arms changes one thing
+ARMS.update(
+    {
+        "raw": Arm(c4={**BEST, "penalty_scale": "raw"}),
+        "raw-capped": Arm(c4={**BEST, "penalty_scale": "raw"}, cap=10.0),
+        "correlation": Arm(c4={**BEST, "penalty_scale": "correlation"}),
+        "feature": Arm(c4={**BEST, "penalty_kind": "feature", "penalty_weight": 0.3}),
+        "gradient-variance": Arm(c4={**UNIFORM, **PENALTY}, gradient_variance=True),
+        "weight-0.001": Arm(c4={**BEST, "penalty_weight": 0.001}),
+        "weight-0.01": Arm(c4={**BEST, "penalty_weight": 0.01}),
+        "weight-1": Arm(c4={**BEST, "penalty_weight": 1.0}),
+        "every-4th": Arm(c4={**BEST, "penalty_every": 4}),
+        "k-2": Arm(c4={**BEST, "n_clusters": 2}),
+        "k-5": Arm(c4={**BEST, "n_clusters": 5}),
+        "k-8": Arm(c4={**BEST, "n_clusters": 8}),
+        "refresh-200": Arm(c4={**BEST, "refresh_interval": 200}),
+        "refresh-5000": Arm(c4={**BEST, "refresh_interval": 5000}),
+        "policy-action": Arm(c4={**BEST, "next_action": "policy"}),
+        "feature-clusters": Arm(c4={**BEST, "embedding": "features"}),
+        "hard": Arm(c4=BEST, buffer={"assignment": "hard"}),
+        "trajectory-tail": Arm(c4=BEST, buffer={"trajectory_tail": True}),
+        "c4-layer-norm": Arm(c4=BEST, layer_norm=True),
+    }
+)
+SEARCH = tuple(name for name in ARMS if name not in FIRST)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Every combination of datasets, arms and seeds, for a number of updates."""
+    """Every combination of datasets, arms and seeds, for a number of updates.
+
+    beside: grids whose runs are shown with this one's, such as those of the baseline.
+    """
 
     datasets: tuple[str, ...]
     arms: tuple[str, ...]
@@ -56,14 +92,35 @@ class Grid:
     updates: int
     evaluate_every: int
     episodes: int = 10
-    bases: tuple[str, ...] = field(default=("td3_plus_bc",))
+    bases: tuple[str, ...] = ("td3_plus_bc",)
+    beside: tuple[str, ...] = ()
 
 
 GRIDS = {
     "first": Grid(
         datasets=("hopper-medium-expert", "hopper-medium-replay"),
-        arms=tuple(ARMS),
+        arms=FIRST,
         seeds=(0, 1, 2),
+        updates=100_000,
+        evaluate_every=5_000,
+    ),
+    "search": Grid(
+        datasets=("hopper-medium-expert", "hopper-medium-replay"),
+        arms=SEARCH,
+        seeds=(0, 1, 2),
+        updates=100_000,
+        evaluate_every=5_000,
+        beside=("first",),
+    ),
+    "confirm": Grid(
+        datasets=(
+            "halfcheetah-medium-expert",
+            "halfcheetah-medium-replay",
+            "walker2d-medium-expert",
+            "walker2d-medium-replay",
+        ),
+        arms=("plain", "c4"),
+        seeds=(3, 4, 5),
         updates=100_000,
         evaluate_every=5_000,
     ),
@@ -87,6 +144,29 @@ class GradientNormPenalty(CovariancePenalty):
             trace = g.detach().var(dim=0).sum().clamp(min=torch.finfo(g.dtype).tiny)
             terms.append(g.square().sum(dim=1).mean() / trace * next_q.var())
         return self.weight * torch.stack(terms).sum()
+
+
+class GradientVariancePenalty(CovariancePenalty):
+    """The control: weight * tr Sigma / tr Sigma * Var_B(Q_target(x')), summed over members, the last two detached."""
+
+    def _gradient(self, critics: Critics, batch: Transitions, values: Sequence[Tensor] | None) -> Tensor:
+        terms = []
+        for next_q, _, g in paired_gradients(critics, batch, values=values):
+            trace = g.var(dim=0).sum()
+            terms.append(trace / trace.detach().clamp(min=torch.finfo(g.dtype).tiny) * next_q.var())
+        return self.weight * torch.stack(terms).sum()
+
+
+class CappedPenalty(CovariancePenalty):
+    """weight * cap * tanh(P / cap), summed over members, P the raw penalty of each."""
+
+    def __init__(self, weight: float, *, cap: float) -> None:
+        super().__init__(weight)
+        self.cap = cap
+
+    def _gradient(self, critics: Critics, batch: Transitions, values: Sequence[Tensor] | None) -> Tensor:
+        terms = [covariance_penalty(a, g) for _, a, g in paired_gradients(critics, batch, values=values)]
+        return self.weight * self.cap * torch.tanh(torch.stack(terms) / self.cap).sum()
 
 
 def random_partition(n_clusters: int, seed: int) -> Callable[[Tensor, Tensor | None], Tensor]:

@@ -160,18 +160,28 @@ def main() -> None:
     if not records:
         raise SystemExit(f"no finished run in {arguments.results / arguments.grid}.jsonl; start run.py first")
     grid = GRIDS[arguments.grid]
+    own = len(records)
+    arms = list(grid.arms)
+    for other in grid.beside:
+        arms = [name for name in GRIDS[other].arms if name not in arms] + arms
+        records += [
+            record
+            for record in finished_runs(arguments.results / f"{other}.jsonl")
+            if (record["updates"], record["episodes"]) == (grid.updates, grid.episodes)
+            and record["dataset"] in grid.datasets
+        ]
     wanted = len(grid.datasets) * len(grid.bases) * len(grid.arms) * len(grid.seeds)
     lines = [
-        f"# Study `{arguments.grid}`: {len(records)} of {wanted} runs",
+        f"# Study `{arguments.grid}`: {own} of {wanted} runs",
         "",
         f"{grid.updates:,} updates, evaluated every {grid.evaluate_every:,} on {grid.episodes} episodes; a run's score "
         "is the mean of its last five evaluations, seeds side by side. Made by `report.py` from the results file.",
         "",
-        *table(records, grid.arms),
+        *table(records, arms),
     ]
     (arguments.results / f"{arguments.grid}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    for name, figure in {"scores": draw_scores(records, grid.arms), "curves": draw_curves(records, grid.arms)}.items():
+    for name, figure in {"scores": draw_scores(records, arms), "curves": draw_curves(records, arms)}.items():
         figure.savefig(arguments.results / f"{arguments.grid}_{name}.png")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import ARMS, GradientNormPenalty, random_partition
+from arms import ARMS, CappedPenalty, GradientNormPenalty, GradientVariancePenalty, random_partition
 from products import use_onednn
 
 from c4buffer import load_d4rl
@@ -130,6 +130,12 @@ def make_algorithm(d3rlpy: Any, dataset: Any, settings: dict[str, Any]) -> Any:
         algo.c4_clusterer = random_partition(config.n_clusters, settings["seed"])
     if arm.gradient_norm:
         algo.impl.c4_penalty = GradientNormPenalty(config.penalty_weight)
+    elif arm.gradient_variance:
+        algo.impl.c4_penalty = GradientVariancePenalty(config.penalty_weight)
+    elif arm.cap is not None:
+        algo.impl.c4_penalty = CappedPenalty(config.penalty_weight, cap=arm.cap)
+    if arm.buffer:
+        algo.c4_buffer_options = arm.buffer
     return algo
 
 

@@ -100,6 +100,7 @@ def armed(algo: Any, config: C4Config) -> Any:
     algo._c4_returns_to_go = None
     algo.c4_buffer = None
     algo.c4_clusterer = None
+    algo.c4_buffer_options = {}
     if algo.impl is not None:
         _arm_impl(algo.impl, config)
     return algo
@@ -123,6 +124,8 @@ class C4Algorithm(QLearningAlgoBase):
     Attributes:
         c4_buffer: the ClusteredReplayBuffer of the running or last fit, None before.
         c4_clusterer: how to cluster, for a fit that starts after it is set. None: the buffer's own way.
+        c4_buffer_options: more options of the ClusteredReplayBuffer, as `{"assignment": "hard"}`, for a fit that starts
+            after they are set. Like the clusterer, they are not saved with the algorithm.
     """
 
     _c4_config: C4Config
@@ -130,6 +133,7 @@ class C4Algorithm(QLearningAlgoBase):
     _c4_returns_to_go: torch.Tensor | None
     c4_buffer: ClusteredReplayBuffer | None
     c4_clusterer: Clusterer | None
+    c4_buffer_options: dict[str, Any]
     _c4_attached: bool
 
     @property
@@ -185,6 +189,7 @@ class C4Algorithm(QLearningAlgoBase):
                 device=self._device,
                 storage="device",
                 seed=seed,
+                **self.c4_buffer_options,
             )
             self._c4_returns_to_go = returns_to_go_of(dataset, self) if self.need_returns_to_go else None
             self._c4_attached = False

@@ -554,6 +554,17 @@ def test_clusterer_and_penalty_may_be_replaced() -> None:
     assert results[0][1]["c4_penalty"] == pytest.approx(7.0)
 
 
+def test_the_buffer_takes_more_options(drawn: list[Transitions]) -> None:
+    algo = C4Config(base=small(TD3PlusBCConfig), n_clusters=2, seed=0).create()
+    algo.c4_buffer_options = {"assignment": "hard"}
+    algo.fit(
+        dataset_of(episodes()), n_steps=3, n_steps_per_epoch=3, show_progress=False, logger_adapter=NoopAdapterFactory()
+    )
+    assert set(algo.c4_buffer.responsibilities.unique().tolist()) == {0.0, 1.0}
+    for batch in drawn:
+        assert set(algo.c4_buffer.responsibilities[batch.indices].argmax(dim=1).tolist()) == {batch.cluster}
+
+
 def test_deepcopy_and_copy_policy_from_work_on_a_wrapped_algorithm() -> None:
     dataset = dataset_of(episodes())
     algo = built(C4Config(base=small(TD3PlusBCConfig)), dataset)
