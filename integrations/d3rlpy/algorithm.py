@@ -36,13 +36,26 @@ from d3rlpy.algos import (
     ReBRAC,
     TD3PlusBC,
 )
+from d3rlpy.dataset import (
+    BasicTransitionPicker,
+    FrameStackTransitionPicker,
+    MixedReplayBuffer,
+    create_fifo_replay_buffer,
+)
 from d3rlpy.torch_utility import TorchMiniBatch
 
 from c4buffer import ClusteredReplayBuffer, Clusterer, CovariancePenalty, Critics, Every
 from c4buffer._checks import fail
 
 from .config import C4Config
-from .dataset import from_mini_batch, returns_to_go_of, to_mini_batch, transitions_of
+from .dataset import (
+    from_mini_batch,
+    returns_to_go_of,
+    rows_since,
+    to_mini_batch,
+    transitions_from,
+    transitions_of,
+)
 from .reading import critics_of_impl, is_discrete
 from .sharing import can_be_shared, differentiable, values_kept
 
@@ -65,6 +78,8 @@ CONTINUOUS = (
 )
 DISCRETE = (DQN, DoubleDQN, NFQ, DiscreteCQL, DiscreteBCQ, DiscreteSAC)
 SUPPORTED = (*CONTINUOUS, *DISCRETE)
+LOOKING_BACK = (BasicTransitionPicker, FrameStackTransitionPicker)
+ONLINE_CAPACITY = 1_000_000  # d3rlpy's own defaults of fit_online, for its buffer and its steps
 WARM_UPS = ("warmup_steps", "rl_start_step")  # of BEAR and PLAS, and of BCQ: updates before the critics learn
 WITHOUT_CRITIC = (BC, DiscreteBC, RandomPolicy, DiscreteRandomPolicy)
 
@@ -135,6 +150,7 @@ class C4Algorithm(QLearningAlgoBase):
     c4_clusterer: Clusterer | None
     c4_buffer_options: dict[str, Any]
     _c4_attached: bool
+    _c4_seen: tuple[Any, int] | None
 
     @property
     def config(self) -> Any:
@@ -151,9 +167,24 @@ class C4Algorithm(QLearningAlgoBase):
         view.sample_transition_batch = functools.partial(self._sample_mini_batch, dataset)
         yield from super().fitter(view, *arguments, **options)
 
-    def fit_online(self, *arguments: Any, **options: Any) -> None:
-        """Refused: only offline training is supported with C4."""
-        fail("fit_online", "offline training with fit or fitter, for an algorithm with C4", "a call")
+    def fit_online(self, env: Any, buffer: Any = None, *arguments: Any, **options: Any) -> None:
+        """d3rlpy's `fit_online`, drawing its batches from a ClusteredReplayBuffer that takes what `buffer` takes.
+
+        Raises:
+            ValueError: for a buffer with a picker that looks ahead of the newest step, as the multi-step one.
+        """
+        buffer = create_fifo_replay_buffer(ONLINE_CAPACITY, env=env) if buffer is None else buffer
+        if isinstance(buffer, MixedReplayBuffer):
+            fail("buffer", "one ReplayBuffer", "a MixedReplayBuffer of several")
+        if type(buffer.transition_picker) not in LOOKING_BACK:
+            pickers = " or ".join(picker.__name__ for picker in LOOKING_BACK)
+            fail("buffer", f"one with a {pickers}", type(buffer.transition_picker).__name__)
+        n_steps = options.get("n_steps", arguments[1] if len(arguments) > 1 else ONLINE_CAPACITY)
+        capacity = buffer.transition_count + n_steps
+        self.c4_buffer = None
+        view = copy.copy(buffer)  # writes into the same buffer; only its batches are drawn elsewhere
+        view.sample_transition_batch = functools.partial(self._sample_online, buffer, capacity)
+        super().fit_online(env, view, *arguments, **options)
 
     def update(self, batch: Any) -> dict[str, float]:
         """One update from a TransitionMiniBatch, or from a batch that is on the device and scaled already."""
@@ -177,28 +208,50 @@ class C4Algorithm(QLearningAlgoBase):
 
     def _sample_mini_batch(self, dataset: Any, batch_size: int) -> TorchMiniBatch:
         if self.c4_buffer is None:  # by now the scalers are fitted and the networks are built
-            interval = self._c4_config.refresh_interval
-            seed = torch.initial_seed() if self._c4_config.seed is None else self._c4_config.seed
-            seed = (seed + self._grad_step) % 2**63  # a second fit in one process draws other batches
-            self.c4_buffer = ClusteredReplayBuffer.from_transitions(
-                transitions_of(dataset, self),
-                n_clusters=self._c4_config.n_clusters,
-                embedding=self._c4_config.embedding,
-                refresh=None if interval is None else Every(interval),
-                clusterer=self.c4_clusterer,
-                device=self._device,
-                storage="device",
-                seed=seed,
-                **self.c4_buffer_options,
-            )
+            transitions = transitions_of(dataset, self)
+            self.c4_buffer = self._new_buffer(len(transitions))
+            self.c4_buffer.extend(transitions)
             self._c4_returns_to_go = returns_to_go_of(dataset, self) if self.need_returns_to_go else None
-            self._c4_attached = False
+        return self._draw(self.c4_buffer, batch_size)
+
+    def _sample_online(self, dataset: Any, capacity: int, batch_size: int) -> TorchMiniBatch:
+        if self.c4_buffer is None:
+            if self.need_returns_to_go:
+                fail("fit_online", "an algorithm that needs no returns of whole episodes", type(self).__name__)
+            limit = getattr(dataset.buffer, "_limit", capacity)
+            self.c4_buffer = self._new_buffer(min(limit, capacity))
+            self._c4_seen = None
+            self._c4_returns_to_go = None
+        start = rows_since(dataset, self._c4_seen)
+        if start < dataset.transition_count:
+            self.c4_buffer.extend(transitions_from(dataset, start, self))
+            self._c4_seen = dataset.buffer[dataset.transition_count - 1]
+        return self._draw(self.c4_buffer, batch_size)
+
+    def _new_buffer(self, capacity: int) -> ClusteredReplayBuffer:
+        interval = self._c4_config.refresh_interval
+        seed = torch.initial_seed() if self._c4_config.seed is None else self._c4_config.seed
+        self._c4_attached = False
+        embedding: Any = self._c4_config.embedding
+        return ClusteredReplayBuffer(
+            capacity,
+            n_clusters=self._c4_config.n_clusters,
+            embedding=embedding,
+            refresh=None if interval is None else Every(interval),
+            clusterer=self.c4_clusterer,
+            device=self._device,
+            storage="device",
+            seed=(seed + self._grad_step) % 2**63,  # a second fit in one process draws other batches
+            **self.c4_buffer_options,
+        )
+
+    def _draw(self, buffer: ClusteredReplayBuffer, batch_size: int) -> TorchMiniBatch:
         if not self._c4_attached and self._grad_step >= self._c4_warm_up:
-            self.c4_buffer.attach(self._impl.c4_critics)
+            buffer.attach(self._impl.c4_critics)
             if self._c4_warm_up > 0:  # whatever batch it is
-                self.c4_buffer.refresh()
+                buffer.refresh()
             self._c4_attached = True
-        batch = self.c4_buffer.sample(batch_size)
+        batch = buffer.sample(batch_size)
         returns_to_go = None if self._c4_returns_to_go is None else self._c4_returns_to_go[batch.indices]
         return to_mini_batch(batch, self._device, returns_to_go)
 

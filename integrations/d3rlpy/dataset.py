@@ -29,6 +29,30 @@ def transitions_of(dataset: ReplayBufferBase, algo: Any = None) -> Transitions:
         columns = _from_episodes(dataset.episodes, dataset.transition_count)
     else:
         columns = _from_picker(dataset)
+    return _transitions(columns, dataset, algo)
+
+
+def transitions_from(dataset: ReplayBufferBase, start: int, algo: Any) -> Transitions:
+    """Those from row `start` on, of a buffer that an environment fills: the episode under way is not closed."""
+    found = _transitions(_from_picker(dataset, start), dataset, algo)
+    columns = dict(found.columns())
+    if not bool(found.terminals[-1]):
+        columns["timeouts"] = torch.cat([found.timeouts[:-1], torch.zeros_like(found.timeouts[-1:])])
+    return Transitions.unchecked(columns)
+
+
+def rows_since(dataset: ReplayBufferBase, seen: tuple[Any, int] | None) -> int:
+    """The row after the one `seen` (its episode and its place there); 0 where that has been dropped."""
+    row = dataset.transition_count
+    while row > 0 and seen is not None:
+        episode, index = dataset.buffer[row - 1]
+        if episode is seen[0] and index == seen[1]:
+            break
+        row -= 1
+    return 0 if seen is None else row
+
+
+def _transitions(columns: dict[str, Any], dataset: ReplayBufferBase, algo: Any) -> Transitions:
     if algo is not None:
         columns = _scaled(columns, algo)
     if dataset.dataset_info.action_space == ActionSpace.DISCRETE:
@@ -69,9 +93,9 @@ def _shifted(steps: np.ndarray, stop: int) -> np.ndarray:
     return np.concatenate([steps[1:], np.zeros_like(steps[:1])])
 
 
-def _from_picker(dataset: ReplayBufferBase) -> dict[str, Any]:
-    """The columns that any other picker gives, one transition at a time, once."""
-    rows = [dataset.buffer[i] for i in range(dataset.transition_count)]
+def _from_picker(dataset: ReplayBufferBase, start: int = 0) -> dict[str, Any]:
+    """The columns that any other picker gives from row `start` on, one transition at a time, once."""
+    rows = [dataset.buffer[i] for i in range(start, dataset.transition_count)]
     picked = [dataset.transition_picker(episode, index) for episode, index in rows]
     last = np.array([index == episode.transition_count - 1 for episode, index in rows])
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import d3rlpy
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -43,6 +44,7 @@ from d3rlpy.algos import (
     TD3PlusBC,
     TD3PlusBCConfig,
 )
+from d3rlpy.constants import ActionSpace
 from d3rlpy.dataset import (
     Episode,
     FIFOBuffer,
@@ -51,6 +53,7 @@ from d3rlpy.dataset import (
     MultiStepTransitionPicker,
     ReplayBuffer,
     TransitionMiniBatch,
+    create_fifo_replay_buffer,
 )
 from d3rlpy.logging import FileAdapterFactory, NoopAdapterFactory
 from d3rlpy.models.encoders import VectorEncoderFactory
@@ -643,8 +646,81 @@ def test_datasets_and_calls_that_do_not_fit_are_refused() -> None:
     algo.create_impl((3,), 2)
     with pytest.raises(ValueError, match="algo: expected one with an ensemble of Q-functions, got BC"):
         critics_of(algo)
-    with pytest.raises(ValueError, match="fit_online: expected offline training"):
-        C4Config(base=small(SACConfig)).create().fit_online(None)
+    mixed = MixedReplayBuffer(one, dataset_of(episodes(seed=1)), secondary_mix_ratio=0.5)
+    with pytest.raises(ValueError, match="buffer: expected one ReplayBuffer, got a MixedReplayBuffer of several"):
+        C4Config(base=small(SACConfig)).create().fit_online(None, mixed)
+    ahead = dataset_of(episodes(), transition_picker=MultiStepTransitionPicker(n_steps=3, gamma=0.99))
+    with pytest.raises(ValueError, match="buffer: expected one with a BasicTransitionPicker or Frame.*, got MultiStep"):
+        C4Config(base=small(SACConfig)).create().fit_online(None, ahead)
+
+
+@pytest.mark.parametrize("limit", [None, 40])
+@pytest.mark.parametrize(("config", "name"), [(SACConfig, "Pendulum-v1"), (DQNConfig, "CartPole-v1")])
+def test_online_batches_are_rows_of_what_the_environment_gave(
+    config: type, name: str, limit: int | None, drawn: list[Transitions]
+) -> None:
+    env = gymnasium.make(name, max_episode_steps=30)
+    env.reset(seed=0)
+    host = create_fifo_replay_buffer(limit or 1000, env=env)
+    held: list[Transitions] = []
+    algo = C4Config(base=small(config), n_clusters=2, refresh_interval=10, penalty_every=1, seed=0).create()
+
+    def keep(algo: Any, epoch: int, step: int) -> None:
+        if algo.c4_buffer is not None:
+            assert len(algo.c4_buffer) == host.transition_count
+            held.append(transitions_of_rows(host))
+
+    algo.fit_online(
+        env,
+        host,
+        n_steps=120,
+        n_steps_per_epoch=60,
+        update_start_step=20,
+        random_steps=15,
+        show_progress=False,
+        logger_adapter=NoopAdapterFactory(),
+        callback=keep,
+    )
+    assert len(drawn) == len(held) > 80
+    for batch, rows in zip(drawn, held):
+        known = {row_key(rows, i) for i in range(len(rows))}
+        assert {row_key(batch, i) for i in range(len(batch))} <= known
+    assert {batch.cluster for batch in drawn} == {0, 1}
+    newest = row_key(held[-1], len(held[-1]) - 1)
+    everything = algo.c4_buffer.sample(500)
+    assert newest in {row_key(everything, i) for i in range(500)}
+
+
+def transitions_of_rows(dataset: ReplayBuffer) -> Transitions:
+    rows = [dataset.transition_picker(*dataset.buffer[i]) for i in range(dataset.transition_count)]
+    actions = torch.as_tensor(np.stack([row.action for row in rows]))
+    next_actions = torch.as_tensor(np.stack([row.next_action for row in rows]))
+    if dataset.dataset_info.action_space == ActionSpace.DISCRETE:
+        actions, next_actions = actions.squeeze(1).long(), next_actions.squeeze(1).long()
+    return Transitions(
+        observations=np.stack([row.observation for row in rows]).astype(np.float32),
+        actions=actions,
+        rewards=np.stack([row.reward for row in rows]).astype(np.float32),
+        next_observations=np.stack([row.next_observation for row in rows]).astype(np.float32),
+        terminals=np.array([row.terminal for row in rows], np.float32),
+        next_actions=next_actions,
+    )
+
+
+def row_key(rows: Transitions, i: int) -> tuple[Any, ...]:
+    names = ("observations", "actions", "rewards", "next_observations", "terminals", "next_actions")
+    return tuple(tuple(getattr(rows, name)[i].reshape(-1).tolist()) for name in names)
+
+
+def test_online_training_without_a_buffer_makes_d3rlpys_own() -> None:
+    algo = C4Config(base=small(SACConfig), n_clusters=2, seed=0).create()
+    quiet = {"n_steps_per_epoch": 30, "show_progress": False, "logger_adapter": NoopAdapterFactory()}
+    algo.fit_online(gymnasium.make("Pendulum-v1"), n_steps=30, **quiet)
+    assert algo.c4_buffer.capacity == 30
+    assert algo.grad_step > 5
+    rewarded = C4Config(base=small(CalQLConfig)).create()
+    with pytest.raises(ValueError, match="fit_online: expected an algorithm that needs no returns of whole episodes"):
+        rewarded.fit_online(gymnasium.make("Pendulum-v1"), n_steps=30, **quiet)
 
 
 def test_more_clusters_than_transitions_are_refused_by_fit() -> None:
