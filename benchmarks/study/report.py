@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from arms import GRIDS
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from run import RESULTS, finished_runs
 from scipy.stats import bootstrap, trim_mean
 
@@ -142,12 +143,14 @@ def draw_curves(records: list[dict[str, Any]], arms: Sequence[str]) -> Figure:
                 if runs:
                     curve = np.median([run[name] for run in runs], axis=0)
                     panel.plot(runs[0]["evaluated_at"], curve, color=COLOURS[i % len(COLOURS)], label=arm)
-            panel.set(title=f"{dataset}: {title}", xlabel="updates")
+            panel.set(title=title if dataset == datasets[0] else "", xlabel="updates")
             if name in LOGARITHMIC:
                 panel.set_yscale("log")
             panel.spines[["top", "right"]].set_visible(False)
             panel.grid(color="#e5e7eb")
-    rows[0][0].legend(frameon=False, fontsize=8)
+        row[0].set_ylabel(dataset)
+    handles = [Line2D([], [], color=COLOURS[i % len(COLOURS)], label=arm) for i, arm in enumerate(arms)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(COLOURS), frameon=False)
     return figure
 
 
