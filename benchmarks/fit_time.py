@@ -1,7 +1,8 @@
-"""What C4 costs in time: d3rlpy's `fit` of a wrapped TD3+BC over that of the plain one.
+"""What C4 costs in time: d3rlpy's `fit` of a wrapped algorithm over that of the plain one.
 
-    python benchmarks/fit_time.py             # 5 pairs of 2,000 updates
+    python benchmarks/fit_time.py             # TD3+BC, 5 pairs of 2,000 updates
     python benchmarks/fit_time.py --threads 1
+    python benchmarks/fit_time.py --algorithm iql --copies 100    # a million transitions
 
 Plain and wrapped runs take turns in one process, so that both see the same machine; a ratio is taken within each turn
 and the median over turns is what counts. 10,000 transitions of hopper medium-expert, networks and batch of d3rlpy's
@@ -21,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +30,7 @@ from rich.table import Table
 from c4buffer import load_d4rl
 
 DATA = Path(__file__).parent.parent / "data" / "hopper-medium-expert-10k.hdf5"
+ALGORITHMS = {"td3_plus_bc": "TD3PlusBCConfig", "iql": "IQLConfig", "cql": "CQLConfig", "sac": "SACConfig"}
 ARMS = {"plain": None, "C4, penalty_every=4": 4, "C4, penalty_every=1": 1}
 
 
@@ -41,12 +44,15 @@ def import_d3rlpy() -> Any:
     return d3rlpy
 
 
-def timed_fit(d3rlpy: Any, dataset: Any, penalty_every: int | None, updates: int) -> tuple[float, float]:
+def timed_fit(
+    d3rlpy: Any, algorithm: str, dataset: Any, penalty_every: int | None, updates: int
+) -> tuple[float, float]:
     """Seconds of a fit, and of the refreshes in it."""
     from c4buffer.integrations.d3rlpy import C4Config
 
     d3rlpy.seed(0)
-    config = d3rlpy.algos.TD3PlusBCConfig(observation_scaler=d3rlpy.preprocessing.StandardObservationScaler())
+    scaler = d3rlpy.preprocessing.StandardObservationScaler()
+    config = getattr(d3rlpy.algos, ALGORITHMS[algorithm])(observation_scaler=scaler)
     if penalty_every is not None:
         config = C4Config(base=config, penalty_every=penalty_every, seed=0)
     algo = config.create("cpu")
@@ -56,7 +62,7 @@ def timed_fit(d3rlpy: Any, dataset: Any, penalty_every: int | None, updates: int
     results = algo.fit(
         dataset,
         n_steps=updates,
-        n_steps_per_epoch=1000,
+        n_steps_per_epoch=min(1000, updates),
         show_progress=False,
         logger_adapter=d3rlpy.logging.NoopAdapterFactory(),
     )
@@ -67,7 +73,9 @@ def timed_fit(d3rlpy: Any, dataset: Any, penalty_every: int | None, updates: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--updates", type=int, default=2000, help="a multiple of 1,000")
+    parser.add_argument("--updates", type=int, default=2000, help="a multiple of 1,000, or less than that")
+    parser.add_argument("--algorithm", choices=sorted(ALGORITHMS), default="td3_plus_bc")
+    parser.add_argument("--copies", type=int, default=1, help="of the 10,000 transitions, as episodes of their own")
     parser.add_argument("--threads", type=int, default=None, help="torch's threads; left as they are by default")
     arguments = parser.parse_args()
     if arguments.threads is not None:
@@ -75,20 +83,30 @@ def main() -> None:
     d3rlpy = import_d3rlpy()
     data = load_d4rl(DATA)
     names = ("observations", "actions", "rewards", "terminals", "timeouts")
-    dataset = d3rlpy.dataset.MDPDataset(**{name: getattr(data, name).numpy() for name in names})
+    columns = {name: getattr(data, name).numpy() for name in names}
+    columns = {name: np.concatenate([values] * arguments.copies) for name, values in columns.items()}
+    dataset = d3rlpy.dataset.MDPDataset(**columns)
 
     console = Console(width=None if sys.stdout.isatty() else 110)
     machine = platform.processor() or platform.machine()
     console.print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {machine}")
+    console.print(f"{arguments.algorithm}, {dataset.transition_count:,} transitions")
     for penalty_every in ARMS.values():
-        timed_fit(d3rlpy, dataset, penalty_every, 1000)  # warm-up
+        timed_fit(d3rlpy, arguments.algorithm, dataset, penalty_every, min(1000, arguments.updates))  # warm-up
     turns: list[dict[str, tuple[float, float]]] = []
     for turn in range(arguments.pairs):
-        turns.append({arm: timed_fit(d3rlpy, dataset, every, arguments.updates) for arm, every in ARMS.items()})
+        turns.append(
+            {
+                arm: timed_fit(d3rlpy, arguments.algorithm, dataset, every, arguments.updates)
+                for arm, every in ARMS.items()
+            }
+        )
         told = ", ".join(f"{arm} {seconds:.1f} s" for arm, (seconds, _) in turns[-1].items())
         console.print(f"turn {turn + 1}: {told}")
 
-    table = Table(title=f"d3rlpy TD3+BC, fit of {arguments.updates:,} updates, median of {len(turns)} turns")
+    table = Table(
+        title=f"d3rlpy {arguments.algorithm}, fit of {arguments.updates:,} updates, median of {len(turns)} turns"
+    )
     for heading in ("", "ms per update", "ratio to plain", "smallest to largest", "refresh's share"):
         table.add_column(heading, justify="right" if heading else "left")
     for arm in ARMS:
