@@ -12,7 +12,7 @@ from torch import Tensor
 from ._checks import check_finite
 from .collective import Group, gathered, total
 from .memory import floats_at_once
-from .products import product
+from .products import Buffers, product
 from .scaling import column_scaling, column_sums
 
 Covariance = Literal["full", "diag", "tied"]
@@ -68,7 +68,7 @@ class ExpectationMaximisation:
         process_group: Group | None = None,
     ) -> None:
         self.X = X.detach()
-        self.buffers = _Buffers(X)
+        self.buffers = Buffers(X)
         self.covariance = covariance
         self.regularization = regularization
         self.group = process_group
@@ -252,36 +252,6 @@ class ExpectationMaximisation:
             yield rows, chunk if self.scale is None else chunk.div_(self.scale.unsqueeze(1))
 
 
-class _Buffers:
-    """Memory for a chunk, its differences and one product at a time.
-
-    Fresh tensors of a megabyte cost more than the arithmetic on them: the system takes their pages back and has to
-    clear them each time.
-    """
-
-    def __init__(self, like: Tensor) -> None:
-        self.like = like
-        self.held: dict[str, Tensor] = {}
-
-    def chunk(self, *shape: int) -> Tensor:
-        """For u, [E, n]."""
-        return self._view("chunk", shape)
-
-    def differences(self, *shape: int) -> Tensor:
-        """For u - mu_z, [K, E, n]."""
-        return self._view("differences", shape)
-
-    def products(self, *shape: int) -> Tensor:
-        """For what is made of the differences, [K, E, n]."""
-        return self._view("products", shape)
-
-    def _view(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        floats = math.prod(shape)
-        if name not in self.held or len(self.held[name]) < floats:
-            self.held[name] = self.like.new_empty(floats)
-        return self.held[name][:floats].view(shape)
-
-
 class _Moments(NamedTuple):
     """Mass [K], first [K, E] and second ([K, E, E], or [K, E] for diag) moments around given centres, in float64."""
 
@@ -295,7 +265,7 @@ class _Moments(NamedTuple):
         second = centres.new_zeros(k, e) if covariance == "diag" else centres.new_zeros(k, e, e)
         return _Moments(centres.new_zeros(k), torch.zeros_like(centres), second)
 
-    def add(self, responsibilities: Tensor, differences: Tensor, buffers: _Buffers) -> None:
+    def add(self, responsibilities: Tensor, differences: Tensor, buffers: Buffers) -> None:
         """Add a chunk: responsibilities [K, n] and differences to the centres [K, E, n].
 
         With many columns, only the lower triangle of `second`: the Cholesky factor needs no more.

@@ -1,7 +1,8 @@
-"""Products of batches of matrices, on a processor by oneDNN where they are large enough."""
+"""Products of batches of matrices, on a processor by oneDNN where they are large enough, and memory for them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -9,6 +10,36 @@ from torch import Tensor
 
 FEWEST_MULTIPLICATIONS = 1 << 20  # of one product: below, starting it costs more than is gained
 MOST_SUMMED = 4096  # numbers in one sum: of more, threads may each sum a part, and their number would be seen
+
+
+class Buffers:
+    """Memory for a chunk, its differences and one product at a time.
+
+    Fresh tensors of a megabyte cost more than the arithmetic on them: the system takes their pages back and has to
+    clear them each time.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self.held: dict[str, Tensor] = {}
+
+    def chunk(self, *shape: int) -> Tensor:
+        """For u, [E, n]."""
+        return self._view("chunk", shape)
+
+    def differences(self, *shape: int) -> Tensor:
+        """For u - mu_z, [K, E, n]."""
+        return self._view("differences", shape)
+
+    def products(self, *shape: int) -> Tensor:
+        """For what is made of the differences, [K, E, n]."""
+        return self._view("products", shape)
+
+    def _view(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        floats = math.prod(shape)
+        if name not in self.held or len(self.held[name]) < floats:
+            self.held[name] = self.like.new_empty(floats)
+        return self.held[name][:floats].view(shape)
 
 
 def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
