@@ -321,6 +321,8 @@ class SingleClusterSampler:
             if partition.assigned < self.size:
                 weights = torch.where(weights < 0, partition.p[z].to(weights), weights)
             before, homeless = homeless, left.sub_(weights) >= 0
+            if float(partition.p[z]) < SMALLEST_SHARE_BY_PROPOSAL:
+                continue  # drawn from its table: nobody would take these
             # numpy's nonzero knows no branches: three times as fast as torch's, eight times as masked_select
             inside = torch.from_numpy(np.flatnonzero((before ^ homeless).numpy()))
             self._pools[z] = torch.cat([self._pools[z], rows.index_select(0, inside)])

@@ -190,11 +190,16 @@ def test_batches_drawn_ahead_are_the_same_batches(prefetch: int) -> None:
         assert_same(batch, expected)
 
 
-def test_so_many_batches_are_drawn_ahead_and_no_more_than_are_asked_for() -> None:
+def test_so_many_batches_are_drawn_ahead_and_no_more_than_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = buffer_of()
-    drawn = []
+    drawn: list[int] = []
     sample = buffer.sample
-    buffer.sample = lambda size: (drawn.append(size), sample(size))[1]  # type: ignore[method-assign,func-returns-value]
+
+    def counting(size: int) -> Transitions:
+        drawn.append(size)
+        return sample(size)
+
+    monkeypatch.setattr(buffer, "sample", counting)
     batches = buffer.batches(16, steps=5, prefetch=2)
     assert not drawn
     counts = []

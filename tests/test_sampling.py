@@ -17,7 +17,7 @@ from scipy import stats
 from torch import Tensor
 
 from c4buffer import SingleClusterSampler
-from c4buffer.sampling import SMALLEST_SHARE_BY_PROPOSAL
+from c4buffer.sampling import POOL_ROWS, SMALLEST_SHARE_BY_PROPOSAL
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 REJECT = 0.001  # significance of every statistical test here; seeds are fixed
@@ -698,3 +698,15 @@ def test_without_rows_or_clusters_there_is_nothing_to_ask_for() -> None:
     for ask in (lambda: sampler.responsibilities, lambda: sampler.probabilities, lambda: sampler.partition_for(2)):
         with pytest.raises(ValueError, match=r"^buffer: expected a refresh before .* got no clusters"):
             ask()
+
+
+@pytest.mark.parametrize("shares", [(0.4, 0.35, 0.25), (0.9, 0.06, 0.04), (0.94, 0.03, 0.03)])
+def test_rows_drawn_ahead_do_not_pile_up(shares: tuple[float, ...]) -> None:
+    sampler = SingleClusterSampler(generator=torch.Generator().manual_seed(0))
+    sampler.extend(5000)
+    sampler.assign(torch.tensor(shares, dtype=torch.float64).repeat(5000, 1))
+    for _ in range(3000):
+        sampler.sample(64)
+    assert all(len(pool) <= POOL_ROWS for pool in sampler._pools)
+    small = [share < SMALLEST_SHARE_BY_PROPOSAL for share in shares]
+    assert all(len(pool) == 0 for pool, by_table in zip(sampler._pools, small) if by_table)
