@@ -58,7 +58,8 @@ class ClusteredReplayBuffer:
         refresh: when to cluster again: `Every(n)` or any `(step, buffer) -> bool`. None: max(1000, N // 10) batches
             after the last refresh, N being the transitions held then; the first as soon as critics are attached.
         clusterer: how to cluster. None: `MixtureClusterer(n_clusters, warm_start=False)`.
-        max_dim: embeddings of more columns are reduced to so many before they are clustered (see `ReducedClusterer`).
+        max_dim: embeddings of more columns are reduced to so many before they are clustered (see `ReducedClusterer`);
+            those of more than 8,192, as gradients by pixels, are projected as soon as they are computed.
         reduction: how: "projection" (random directions) or "pca".
         assignment: "soft": a transition is drawn with each cluster by its responsibility; "hard": with its arg-max one.
         replacement: within a cluster.
@@ -337,7 +338,9 @@ class ClusteredReplayBuffer:
         if len(self) < self._fewest_rows:
             fail("n_clusters", f"at most the {len(self)} transitions held", self._fewest_rows)
         started = time.perf_counter()
-        embeddings = embed_rows(self._embedding, critics, len(self), self._rows, device=self.device)
+        embeddings = embed_rows(
+            self._embedding, critics, len(self), self._rows, device=self.device, max_dim=self._options["max_dim"]
+        )
         previous = self._sampler.responsibilities if self._sampler.clustered else None
         responsibilities = self._clusterer(embeddings, previous)
         check_responsibilities(responsibilities, len(self))
@@ -388,6 +391,7 @@ class ClusteredReplayBuffer:
             len(rows),
             lambda start, stop: self._gather(rows[start:stop]),
             device=self.device,
+            max_dim=self._options["max_dim"],
         )
         return self._clusterer.log_likelihood_of(embeddings)
 

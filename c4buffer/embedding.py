@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Literal, Union
 
@@ -16,6 +17,8 @@ from .transitions import Transitions
 Embed = Callable[[Critics, Transitions], Tensor]
 Embedding = Union[Literal["gradients", "features"], Embed]
 
+WIDEST = 8192  # columns that are kept for all rows at once; gradients by pixels have tens of thousands
+
 EMBEDDINGS: dict[str, Callable[..., Tensor]] = {"gradients": stacked_gradients, "features": stacked_features}
 
 
@@ -26,8 +29,12 @@ def embed_rows(
     read: Callable[[int, int], Transitions],
     *,
     device: torch.device,
+    max_dim: int,
 ) -> Tensor:
     """The embeddings [rows, E] of the transitions that `read(start, stop)` gives, on `device`.
+
+    Of more than 8,192 columns, `max_dim` are kept: of each half [g'] and [g], which stand for the same directions, the
+    same Gaussian random directions.
 
     Raises:
         ValueError: for a callable that returns something else, or values that are not finite.
@@ -38,15 +45,26 @@ def embed_rows(
     else:
         embed, size = embedding, CHUNK_ROWS
     embeddings: Tensor | None = None
+    directions: Tensor | None = None
+    halves = 2 if isinstance(embedding, str) else 1
     for start in range(0, rows, size):
         part = read(start, min(start + size, rows)).to(device)
         chunk = embed(critics, part)
         _check(chunk, len(part))
+        if chunk.shape[1] > WIDEST:
+            if directions is None:
+                directions = _directions(chunk.shape[1] // halves, max(1, max_dim // halves)).to(chunk)
+            chunk = torch.cat([half @ directions for half in chunk.detach().chunk(halves, dim=1)], dim=1)
         if embeddings is None:
             embeddings = chunk.new_empty(rows, chunk.shape[1])
         embeddings[start : start + len(chunk)] = chunk.detach()
     assert embeddings is not None
     return embeddings
+
+
+def _directions(columns: int, kept: int) -> Tensor:
+    """[columns, kept], the same each time: y R keeps lengths and angles to about 1 / sqrt(kept)."""
+    return torch.randn(columns, kept, generator=torch.Generator().manual_seed(0)) / math.sqrt(kept)
 
 
 def _check(embeddings: object, rows: int) -> None:

@@ -156,6 +156,18 @@ def test_cross_covariance_is_the_off_diagonal_block_of_numpys() -> None:
     np.testing.assert_allclose(cross_covariance(target_g, g), both[:4, 4:], rtol=1e-12)
 
 
+@pytest.mark.parametrize("columns", [5, 8, 9, 40])
+def test_the_penalty_of_wide_gradients_is_that_of_the_covariance_they_would_have(columns: int) -> None:
+    generator = torch.Generator().manual_seed(columns)
+    target_g, g = torch.randn(2, 8, columns, generator=generator, dtype=torch.float64)
+    g.requires_grad_()
+    c = cross_covariance(target_g, g)
+    expected = (c**2).sum() + 0.7 * c.trace() ** 2
+    found = covariance_penalty(target_g, g, trace_weight=0.7)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(found, g), torch.autograd.grad(expected, g), rtol=1e-11, atol=1e-13)
+
+
 @pytest.mark.parametrize(("trace_weight", "expected"), [(0.0, 40.0), (0.5, 58.0), (1.0, 76.0)])
 def test_covariance_penalty_by_hand(trace_weight: float, expected: float) -> None:
     target_g, g = torch.tensor([[0.0, 0.0], [2.0, 4.0]]), torch.tensor([[1.0, 0.0], [3.0, 2.0]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -161,3 +162,34 @@ def test_buffers(storage: Any) -> None:
         assert torch.equal(found.indices.cpu(), expected.indices)
         assert found.cluster == expected.cluster
         assert torch.equal(found.observations.cpu(), expected.observations)
+
+
+@pytest.mark.parametrize("algorithm", ["TD3PlusBCConfig", "IQLConfig", "DQNConfig", "DiscreteSACConfig"])
+def test_captured_graphs_train_as_eager_code_does(algorithm: str) -> None:
+    d3rlpy = pytest.importorskip("d3rlpy")
+    from c4buffer.integrations.d3rlpy import C4Config, graphs
+
+    discrete = algorithm.startswith("D")
+    generator = np.random.default_rng(0)
+    dataset = d3rlpy.dataset.MDPDataset(
+        observations=generator.normal(size=(400, 3)).astype(np.float32),
+        actions=np.arange(400) % 4 if discrete else generator.uniform(-1, 1, size=(400, 2)).astype(np.float32),
+        rewards=generator.normal(size=400).astype(np.float32),
+        terminals=np.arange(400) % 20 == 19,
+    )
+    ends = []
+    for compiled in (False, True):
+        d3rlpy.seed(0)
+        fields = {"batch_size": 32, "compile_graph": compiled}
+        if algorithm == "TD3PlusBCConfig":
+            fields["target_smoothing_sigma"] = 0.0
+        base = getattr(d3rlpy.algos, algorithm)(**fields)
+        algo = C4Config(base=base, n_clusters=2, penalty_every=2, refresh_interval=10, seed=0).create("cuda:0")
+        quiet = {"show_progress": False, "logger_adapter": d3rlpy.logging.NoopAdapterFactory()}
+        results = algo.fit(dataset, n_steps=30, n_steps_per_epoch=30, **quiet)
+        assert results[0][1]["c4_penalty"] > 0
+        held = [getattr(algo.impl, name, None) for name in graphs.CAPTURED]
+        assert any(isinstance(graph, graphs.TwoGraphs) for graph in held) == compiled
+        ends.append([parameter.detach().clone() for parameter in algo.impl.q_function.parameters()])
+    for one, other in zip(*ends):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)

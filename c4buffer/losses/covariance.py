@@ -37,13 +37,23 @@ def cross_covariance(target_gradients: Tensor, gradients: Tensor) -> Tensor:
 def covariance_penalty(target_gradients: Tensor, gradients: Tensor, *, trace_weight: float = 1.0) -> Tensor:
     """||C||_F^2 + beta (tr C)^2 with C = Cov_B(g', g): the bracket of Eq. 14 (a scalar, in units of g^4).
 
+    Of gradients with more columns than rows, as those by pixels, C is not formed.
+
     Args:
         target_gradients: g', [B, D].
         gradients: g, [B, D].
         trace_weight: beta.
     """
-    c = cross_covariance(target_gradients, gradients)
-    return c.square().sum() + trace_weight * c.trace().square()
+    _check_pair(target_gradients, gradients)
+    rows, columns = gradients.shape
+    if columns <= rows:
+        c = cross_covariance(target_gradients, gradients)
+        return c.square().sum() + trace_weight * c.trace().square()
+    target_centred, centred = _centred(target_gradients), _centred(gradients)
+    # ||C||_F^2 = tr(G'^T G G^T G') / (B - 1)^2 = sum_ij (G' G'^T)_ij (G G^T)_ij / (B - 1)^2 with centred G', G [B, D]
+    norm = ((target_centred @ target_centred.T) * (centred @ centred.T)).sum()
+    trace = (target_centred * centred).sum()
+    return (norm + trace_weight * trace.square()) / (rows - 1) ** 2
 
 
 def decompose_cross_covariance(

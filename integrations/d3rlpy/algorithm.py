@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,26 +37,16 @@ from d3rlpy.algos import (
     ReBRAC,
     TD3PlusBC,
 )
-from d3rlpy.dataset import (
-    BasicTransitionPicker,
-    FrameStackTransitionPicker,
-    MixedReplayBuffer,
-    create_fifo_replay_buffer,
-)
+from d3rlpy.dataset import MixedReplayBuffer, create_fifo_replay_buffer
 from d3rlpy.torch_utility import TorchMiniBatch
 
-from c4buffer import ClusteredReplayBuffer, Clusterer, CovariancePenalty, Critics, Every
+from c4buffer import ClusteredReplayBuffer, Clusterer, CovariancePenalty, Critics
 from c4buffer._checks import fail
 
+from .batches import Batches, MixedBatches
 from .config import C4Config
-from .dataset import (
-    from_mini_batch,
-    returns_to_go_of,
-    rows_since,
-    to_mini_batch,
-    transitions_from,
-    transitions_of,
-)
+from .dataset import from_mini_batch
+from .graphs import capture_twice
 from .reading import critics_of_impl, is_discrete
 from .sharing import can_be_shared, differentiable, values_kept
 
@@ -78,9 +69,7 @@ CONTINUOUS = (
 )
 DISCRETE = (DQN, DoubleDQN, NFQ, DiscreteCQL, DiscreteBCQ, DiscreteSAC)
 SUPPORTED = (*CONTINUOUS, *DISCRETE)
-LOOKING_BACK = (BasicTransitionPicker, FrameStackTransitionPicker)
 ONLINE_CAPACITY = 1_000_000  # d3rlpy's own defaults of fit_online, for its buffer and its steps
-WARM_UPS = ("warmup_steps", "rl_start_step")  # of BEAR and PLAS, and of BCQ: updates before the critics learn
 WITHOUT_CRITIC = (BC, DiscreteBC, RandomPolicy, DiscreteRandomPolicy)
 
 
@@ -112,8 +101,8 @@ def armed(algo: Any, config: C4Config) -> Any:
     algo.__class__ = _algorithm_class(algo.__class__)
     algo._c4_config = config
     algo._c4_reported = None
-    algo._c4_returns_to_go = None
-    algo.c4_buffer = None
+    algo._c4_batches = None
+    algo._c4_saved = None
     algo.c4_clusterer = None
     algo.c4_buffer_options = {}
     if algo.impl is not None:
@@ -129,15 +118,12 @@ def _check_supported(algo: Any) -> None:
         fail("algo", "a d3rlpy Q-learning algorithm", name)
     if type(algo) not in SUPPORTED:
         fail("algo", "one of " + ", ".join(sorted(cls.__name__ for cls in SUPPORTED)), name)
-    if algo.compiled:
-        fail("compile_graph", "False with C4 on a GPU, or the penalty's schedule would freeze in the graph", True)
 
 
 class C4Algorithm(QLearningAlgoBase):
     """What C4 adds to an algorithm. Internals read `_config`, the base; saving reads `config`, the C4Config.
 
     Attributes:
-        c4_buffer: the ClusteredReplayBuffer of the running or last fit, None before.
         c4_clusterer: how to cluster, for a fit that starts after it is set. None: the buffer's own way.
         c4_buffer_options: more options of the ClusteredReplayBuffer, as `{"assignment": "hard"}`, for a fit that starts
             after they are set. Like the clusterer, they are not saved with the algorithm.
@@ -145,16 +131,24 @@ class C4Algorithm(QLearningAlgoBase):
 
     _c4_config: C4Config
     _c4_reported: Any
-    _c4_returns_to_go: torch.Tensor | None
-    c4_buffer: ClusteredReplayBuffer | None
+    _c4_batches: Batches | MixedBatches | None
+    _c4_saved: str | os.PathLike[str] | None
     c4_clusterer: Clusterer | None
     c4_buffer_options: dict[str, Any]
-    _c4_attached: bool
-    _c4_seen: tuple[Any, int] | None
 
     @property
     def config(self) -> Any:
         return self._c4_config
+
+    @property
+    def c4_buffer(self) -> ClusteredReplayBuffer | None:
+        """The buffer of the running or last fit; of a MixedReplayBuffer, the primary's. None before its first batch."""
+        return None if self._c4_batches is None else self._c4_batches.buffer
+
+    @property
+    def c4_secondary_buffer(self) -> ClusteredReplayBuffer | None:
+        """The same for the secondary of a MixedReplayBuffer."""
+        return self._c4_batches.secondary.buffer if isinstance(self._c4_batches, MixedBatches) else None
 
     def inner_create_impl(self, observation_shape: Any, action_size: int) -> None:
         super().inner_create_impl(observation_shape, action_size)
@@ -162,10 +156,13 @@ class C4Algorithm(QLearningAlgoBase):
 
     def fitter(self, dataset: Any, *arguments: Any, **options: Any) -> Iterator[tuple[int, dict[str, float]]]:
         """d3rlpy's `fitter`, drawing its batches from a ClusteredReplayBuffer of the dataset."""
-        self.c4_buffer = None
-        view = copy.copy(dataset)  # shares the episodes; only its batches are drawn elsewhere
-        view.sample_transition_batch = functools.partial(self._sample_mini_batch, dataset)
-        yield from super().fitter(view, *arguments, **options)
+        if isinstance(dataset, MixedReplayBuffer):
+            self._c4_check_fresh("fit with a MixedReplayBuffer")
+            self._c4_batches = MixedBatches(dataset, self)
+        else:
+            self._c4_batches = Batches(dataset, self, saved=self._c4_saved)
+        self._c4_saved = None
+        yield from super().fitter(self._c4_view(dataset), *arguments, **options)
 
     def fit_online(self, env: Any, buffer: Any = None, *arguments: Any, **options: Any) -> None:
         """d3rlpy's `fit_online`, drawing its batches from a ClusteredReplayBuffer that takes what `buffer` takes.
@@ -174,17 +171,35 @@ class C4Algorithm(QLearningAlgoBase):
             ValueError: for a buffer with a picker that looks ahead of the newest step, as the multi-step one.
         """
         buffer = create_fifo_replay_buffer(ONLINE_CAPACITY, env=env) if buffer is None else buffer
-        if isinstance(buffer, MixedReplayBuffer):
-            fail("buffer", "one ReplayBuffer", "a MixedReplayBuffer of several")
-        if type(buffer.transition_picker) not in LOOKING_BACK:
-            pickers = " or ".join(picker.__name__ for picker in LOOKING_BACK)
-            fail("buffer", f"one with a {pickers}", type(buffer.transition_picker).__name__)
         n_steps = options.get("n_steps", arguments[1] if len(arguments) > 1 else ONLINE_CAPACITY)
         capacity = buffer.transition_count + n_steps
-        self.c4_buffer = None
-        view = copy.copy(buffer)  # writes into the same buffer; only its batches are drawn elsewhere
-        view.sample_transition_batch = functools.partial(self._sample_online, buffer, capacity)
-        super().fit_online(env, view, *arguments, **options)
+        self._c4_check_fresh("fit_online")
+        kind = MixedBatches if isinstance(buffer, MixedReplayBuffer) else Batches
+        self._c4_batches = kind(buffer, self, capacity=capacity)
+        super().fit_online(env, self._c4_view(buffer), *arguments, **options)
+
+    def c4_resume(self, path: str | os.PathLike[str]) -> None:
+        """Let the next `fit` go on, batch for batch, where the buffer that was saved to `path` stood.
+
+        The rest is d3rlpy's own: `load_model` for networks and optimizers, `set_grad_step` for the step count.
+
+        Args:
+            path: what `algo.c4_buffer.save(path)` wrote during or after a fit of the same dataset.
+
+        Raises:
+            ValueError: from that `fit`, for a file that is damaged or of other transitions or options.
+
+        .. code-block:: python
+
+            algo.save_model("model.pt")
+            algo.c4_buffer.save("buffer.safetensors")
+            ...
+            algo.load_model("model.pt")
+            algo.set_grad_step(5000)
+            algo.c4_resume("buffer.safetensors")
+            algo.fit(dataset, n_steps=5000)
+        """
+        self._c4_saved = path
 
     def update(self, batch: Any) -> dict[str, float]:
         """One update from a TransitionMiniBatch, or from a batch that is on the device and scaled already."""
@@ -206,59 +221,16 @@ class C4Algorithm(QLearningAlgoBase):
             )
         return metrics
 
-    def _sample_mini_batch(self, dataset: Any, batch_size: int) -> TorchMiniBatch:
-        if self.c4_buffer is None:  # by now the scalers are fitted and the networks are built
-            transitions = transitions_of(dataset, self)
-            self.c4_buffer = self._new_buffer(len(transitions))
-            self.c4_buffer.extend(transitions)
-            self._c4_returns_to_go = returns_to_go_of(dataset, self) if self.need_returns_to_go else None
-        return self._draw(self.c4_buffer, batch_size)
+    def _c4_check_fresh(self, call: str) -> None:
+        if self._c4_saved is not None:
+            fail("c4_resume", "a fit of one dataset after it", call)
 
-    def _sample_online(self, dataset: Any, capacity: int, batch_size: int) -> TorchMiniBatch:
-        if self.c4_buffer is None:
-            if self.need_returns_to_go:
-                fail("fit_online", "an algorithm that needs no returns of whole episodes", type(self).__name__)
-            limit = getattr(dataset.buffer, "_limit", capacity)
-            self.c4_buffer = self._new_buffer(min(limit, capacity))
-            self._c4_seen = None
-            self._c4_returns_to_go = None
-        start = rows_since(dataset, self._c4_seen)
-        if start < dataset.transition_count:
-            self.c4_buffer.extend(transitions_from(dataset, start, self))
-            self._c4_seen = dataset.buffer[dataset.transition_count - 1]
-        return self._draw(self.c4_buffer, batch_size)
-
-    def _new_buffer(self, capacity: int) -> ClusteredReplayBuffer:
-        interval = self._c4_config.refresh_interval
-        seed = torch.initial_seed() if self._c4_config.seed is None else self._c4_config.seed
-        self._c4_attached = False
-        embedding: Any = self._c4_config.embedding
-        return ClusteredReplayBuffer(
-            capacity,
-            n_clusters=self._c4_config.n_clusters,
-            embedding=embedding,
-            refresh=None if interval is None else Every(interval),
-            clusterer=self.c4_clusterer,
-            device=self._device,
-            storage="device",
-            seed=(seed + self._grad_step) % 2**63,  # a second fit in one process draws other batches
-            **self.c4_buffer_options,
-        )
-
-    def _draw(self, buffer: ClusteredReplayBuffer, batch_size: int) -> TorchMiniBatch:
-        if not self._c4_attached and self._grad_step >= self._c4_warm_up:
-            buffer.attach(self._impl.c4_critics)
-            if self._c4_warm_up > 0:  # whatever batch it is
-                buffer.refresh()
-            self._c4_attached = True
-        batch = buffer.sample(batch_size)
-        returns_to_go = None if self._c4_returns_to_go is None else self._c4_returns_to_go[batch.indices]
-        return to_mini_batch(batch, self._device, returns_to_go)
-
-    @property
-    def _c4_warm_up(self) -> int:
-        """Updates before the critics learn, and have gradients worth clustering."""
-        return max(getattr(self._config, name, 0) for name in WARM_UPS)
+    def _c4_view(self, dataset: Any) -> Any:
+        """The dataset as it is, sharing its episodes and whatever is appended; only its batches are drawn elsewhere."""
+        assert self._c4_batches is not None
+        view = copy.copy(dataset)
+        view.sample_transition_batch = self._c4_batches.sample
+        return view
 
 
 class C4Impl(QLearningAlgoImplBase):
@@ -327,6 +299,7 @@ def _arm_impl(impl: Any, config: C4Config) -> None:
     impl._c4_penalties = []
     impl._c4_discrete = is_discrete(impl)
     impl._c4_shares = can_be_shared(impl.modules.q_funcs)
+    capture_twice(impl)
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """A d3rlpy dataset as Transitions, and Transitions as d3rlpy's batches: no per-transition Python while training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,18 +21,18 @@ def transitions_of(dataset: ReplayBufferBase, algo: Any = None) -> Transitions:
     and next action. With `algo`, its observation, action and reward scalers are applied (they must have been fitted),
     and the tensors are on its device: what the algorithm's networks see.
     """
-    if isinstance(dataset, MixedReplayBuffer):
-        fail("dataset", "one ReplayBuffer with all the episodes", "a MixedReplayBuffer of several")
-    if dataset.transition_count == 0:
-        fail("dataset", "at least one transition", "an empty dataset")
-    if type(dataset.transition_picker) is BasicTransitionPicker:
-        columns = _from_episodes(dataset.episodes, dataset.transition_count)
-    else:
-        columns = _from_picker(dataset)
+    columns = _columns_of(dataset)
+    for name in ("observations", "next_observations"):
+        columns[name] = _leafwise(torch.Tensor.float, columns[name])
     return _transitions(columns, dataset, algo)
 
 
-def transitions_from(dataset: ReplayBufferBase, start: int, algo: Any) -> Transitions:
+def stored_transitions_of(dataset: ReplayBufferBase, algo: Any) -> Transitions:
+    """The same as it is stored: observations with images (uint8) stay as they are until a batch is drawn."""
+    return _transitions(_columns_of(dataset), dataset, algo)
+
+
+def stored_transitions_from(dataset: ReplayBufferBase, start: int, algo: Any) -> Transitions:
     """Those from row `start` on, of a buffer that an environment fills: the episode under way is not closed."""
     found = _transitions(_from_picker(dataset, start), dataset, algo)
     columns = dict(found.columns())
@@ -58,6 +58,16 @@ def _transitions(columns: dict[str, Any], dataset: ReplayBufferBase, algo: Any) 
     if dataset.dataset_info.action_space == ActionSpace.DISCRETE:
         columns.update({name: columns[name].long() for name in ("actions", "next_actions")})
     return Transitions(**columns, has_next_actions=1 - columns["terminals"].reshape(-1))
+
+
+def _columns_of(dataset: ReplayBufferBase) -> dict[str, Any]:
+    if isinstance(dataset, MixedReplayBuffer):
+        fail("dataset", "one ReplayBuffer with all the episodes", "a MixedReplayBuffer of several")
+    if dataset.transition_count == 0:
+        fail("dataset", "at least one transition", "an empty dataset")
+    if type(dataset.transition_picker) is BasicTransitionPicker:
+        return _from_episodes(dataset.episodes, dataset.transition_count)
+    return _from_picker(dataset)
 
 
 def _from_episodes(episodes: Sequence[Any], count: int) -> dict[str, Any]:
@@ -116,8 +126,31 @@ def _from_picker(dataset: ReplayBufferBase, start: int = 0) -> dict[str, Any]:
 
 
 def _observations(parts: list[np.ndarray]) -> Any:
-    tensors = tuple(_floats(part) for part in parts)
+    tensors = tuple(
+        torch.from_numpy(np.ascontiguousarray(part)) if part.dtype == np.uint8 else _floats(part) for part in parts
+    )
     return tensors[0] if len(tensors) == 1 else tensors
+
+
+def _leafwise(function: Callable[[Tensor], Tensor], observations: Any) -> Any:
+    return tuple(map(function, observations)) if isinstance(observations, tuple) else function(observations)
+
+
+def has_images(observations: Any) -> bool:
+    """Whether these are as they were stored: with bytes, not scaled."""
+    parts = observations if isinstance(observations, tuple) else (observations,)
+    return any(part.dtype == torch.uint8 for part in parts)
+
+
+def scaled_observations(observations: Any, algo: Any) -> Any:
+    """What the networks see of stored observations: floats, images scaled as the others were when they were stored."""
+    if not has_images(observations):
+        return observations
+    floats = _leafwise(torch.Tensor.float, observations)
+    if algo.observation_scaler is None:
+        return floats
+    scaled = algo.observation_scaler.transform(list(floats) if isinstance(floats, tuple) else floats)
+    return tuple(scaled) if isinstance(scaled, list) else scaled
 
 
 def _floats(values: np.ndarray) -> Tensor:
@@ -126,18 +159,18 @@ def _floats(values: np.ndarray) -> Tensor:
 
 def _scaled(columns: dict[str, Any], algo: Any) -> dict[str, Any]:
     device = algo._device
-    columns = {
-        name: [part.to(device) for part in value] if isinstance(value, tuple) else value.to(device)
-        for name, value in columns.items()
-    }
+    columns = {name: _leafwise(lambda part: part.to(device), value) for name, value in columns.items()}
     for scaler, names in (
         (algo.observation_scaler, ("observations", "next_observations")),
         (algo.action_scaler, ("actions", "next_actions")),
         (algo.reward_scaler, ("rewards",)),
     ):
-        if scaler is not None:
-            columns.update({name: scaler.transform(columns[name]) for name in names})
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in columns.items()}
+        if scaler is not None and not has_images(columns[names[0]]):
+            for name in names:
+                value = columns[name]
+                scaled = scaler.transform(list(value) if isinstance(value, tuple) else value)
+                columns[name] = tuple(scaled) if isinstance(scaled, list) else scaled
+    return columns
 
 
 def returns_to_go_of(dataset: ReplayBufferBase, algo: Any) -> Tensor:
@@ -155,10 +188,11 @@ def returns_to_go_of(dataset: ReplayBufferBase, algo: Any) -> Tensor:
     return _floats(np.stack(found)).to(algo._device)
 
 
-def to_mini_batch(batch: Transitions, device: str, returns_to_go: Tensor | None = None) -> TorchMiniBatch:
-    """A sampled batch of scaled transitions as d3rlpy's own record."""
+def to_mini_batch(batch: Transitions, algo: Any, returns_to_go: Tensor | None = None) -> TorchMiniBatch:
+    """A sampled batch as d3rlpy's own record: scaled, but for images, which are scaled here."""
     observations, next_observations = (
-        list(value) if isinstance(value, tuple) else value for value in (batch.observations, batch.next_observations)
+        list(value) if isinstance(value, tuple) else value
+        for value in (scaled_observations(part, algo) for part in (batch.observations, batch.next_observations))
     )
     rewards = batch.rewards.unsqueeze(1)
     return TorchMiniBatch(
@@ -170,7 +204,7 @@ def to_mini_batch(batch: Transitions, device: str, returns_to_go: Tensor | None 
         returns_to_go=torch.zeros_like(rewards) if returns_to_go is None else returns_to_go,
         terminals=batch.terminals.unsqueeze(1),
         intervals=batch.intervals.unsqueeze(1),
-        device=device,
+        device=algo._device,
     )
 
 

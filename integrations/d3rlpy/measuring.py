@@ -33,7 +33,7 @@ def measure(algo: Any, transitions: Transitions, *, n_clusters: int = 3) -> dict
     total, within, between = (float(torch.linalg.matrix_norm(part)) for part in parts)
     bound = float((target_g.var(dim=0, correction=0).sum() * g.var(dim=0, correction=0).sum()).sqrt())
     with critics.evaluating():
-        mean_q, td_loss = _value_and_loss(algo.impl, transitions, algo._device)
+        mean_q, td_loss = _value_and_loss(algo, transitions)
     return {
         "mean_q": mean_q,
         "td_loss": td_loss,
@@ -46,9 +46,9 @@ def measure(algo: Any, transitions: Transitions, *, n_clusters: int = 3) -> dict
     }
 
 
-def _value_and_loss(impl: Any, transitions: Transitions, device: str) -> tuple[float, float]:
-    batch = to_mini_batch(transitions, device)
-    devices = [torch.device(device)] if "cuda" in device else []
+def _value_and_loss(algo: Any, transitions: Transitions) -> tuple[float, float]:
+    impl, batch = algo.impl, to_mini_batch(transitions, algo)
+    devices = [torch.device(algo._device)] if "cuda" in algo._device else []
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
         actions = batch.actions

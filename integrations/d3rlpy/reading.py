@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from d3rlpy.models.torch.q_functions import DiscreteEnsembleQFunctionForwarder
+from d3rlpy.torch_utility import unwrap_ddp_model
 from torch import Tensor, nn
 
 from c4buffer import Critics
@@ -24,7 +25,7 @@ class _Member(nn.Module):
 
     def features(self, observations: Any, actions: Tensor) -> Tensor:
         """The output of the encoder, [B, F]: the last hidden layer."""
-        hidden: Tensor = self.q_function.encoder(_as_d3rlpy(observations), actions)
+        hidden: Tensor = unwrap_ddp_model(self.q_function).encoder(_as_d3rlpy(observations), actions)
         return hidden
 
 
@@ -42,7 +43,7 @@ class _DiscreteMember(nn.Module):
 
     def features(self, observations: Any, actions: Tensor) -> Tensor:
         """The output of the encoder, [B, F]: the last hidden layer, which no action enters."""
-        hidden: Tensor = self.q_function.encoder(_as_d3rlpy(observations))
+        hidden: Tensor = unwrap_ddp_model(self.q_function).encoder(_as_d3rlpy(observations))
         return hidden
 
 

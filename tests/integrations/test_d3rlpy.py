@@ -646,9 +646,6 @@ def test_datasets_and_calls_that_do_not_fit_are_refused() -> None:
     algo.create_impl((3,), 2)
     with pytest.raises(ValueError, match="algo: expected one with an ensemble of Q-functions, got BC"):
         critics_of(algo)
-    mixed = MixedReplayBuffer(one, dataset_of(episodes(seed=1)), secondary_mix_ratio=0.5)
-    with pytest.raises(ValueError, match="buffer: expected one ReplayBuffer, got a MixedReplayBuffer of several"):
-        C4Config(base=small(SACConfig)).create().fit_online(None, mixed)
     ahead = dataset_of(episodes(), transition_picker=MultiStepTransitionPicker(n_steps=3, gamma=0.99))
     with pytest.raises(ValueError, match="buffer: expected one with a BasicTransitionPicker or Frame.*, got MultiStep"):
         C4Config(base=small(SACConfig)).create().fit_online(None, ahead)

@@ -1,0 +1,214 @@
+"""Where a fit's batches come from: a ClusteredReplayBuffer beside each of d3rlpy's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from d3rlpy.dataset import BasicTransitionPicker, FrameStackTransitionPicker, MixedReplayBuffer, ReplayBufferBase
+from d3rlpy.torch_utility import TorchMiniBatch
+
+from c4buffer import ClusteredReplayBuffer, Critics, Every
+from c4buffer._checks import fail
+
+from .dataset import (
+    has_images,
+    returns_to_go_of,
+    rows_since,
+    scaled_observations,
+    stored_transitions_from,
+    stored_transitions_of,
+    to_mini_batch,
+)
+
+LOOKING_BACK = (BasicTransitionPicker, FrameStackTransitionPicker)
+WARM_UPS = ("warmup_steps", "rl_start_step")  # of BEAR and PLAS, and of BCQ: updates before the critics learn
+SECOND = 0x7F4A7C15  # between the seeds of a mixed dataset's two buffers
+RANK = 0x9E3779B9  # and between those of one training's processes; of a seed, a CPU generator takes the lower 32 bits
+
+
+class Batches:
+    """Batches of one dataset, from single clusters.
+
+    Args:
+        dataset: d3rlpy's buffer.
+        algo: the wrapped algorithm that trains; by its first batch it is built and its scalers are fitted.
+        capacity: None for a dataset that stays as it is; else of one that an environment fills, and that is followed.
+        saved: file of a buffer to go on from.
+        seed_offset: to tell this buffer's random numbers from another's.
+    """
+
+    def __init__(
+        self,
+        dataset: ReplayBufferBase,
+        algo: Any,
+        *,
+        capacity: int | None = None,
+        saved: str | os.PathLike[str] | None = None,
+        seed_offset: int = 0,
+    ) -> None:
+        if capacity is not None and type(dataset.transition_picker) not in LOOKING_BACK:
+            pickers = " or ".join(picker.__name__ for picker in LOOKING_BACK)
+            fail("buffer", f"one with a {pickers}", type(dataset.transition_picker).__name__)
+        self.buffer: ClusteredReplayBuffer | None = None
+        self._dataset = dataset
+        self._algo = algo
+        self._capacity = capacity
+        self._saved = saved
+        self._seed_offset = seed_offset
+        self._seen: tuple[Any, int] | None = None
+        self._returns_to_go: torch.Tensor | None = None
+        self._attached = False
+        self._images = False
+
+    def sample(self, batch_size: int) -> TorchMiniBatch:
+        """So many rows, from one cluster once there are clusters."""
+        if self.buffer is None:
+            self.buffer = self._filled() if self._capacity is None else self._empty()
+        if self._capacity is not None:
+            self._follow(self.buffer)
+        if not self._attached and self._can_cluster(batch_size):
+            self.buffer.attach(self._critics())
+            if self._warm_up > 0 and self._saved is None:  # whatever batch it is
+                self.buffer.refresh()
+            self._attached = True
+        batch = self.buffer.sample(batch_size)
+        returns_to_go = None if self._returns_to_go is None else self._returns_to_go[batch.indices]
+        return to_mini_batch(batch, self._algo, returns_to_go)
+
+    def _filled(self) -> ClusteredReplayBuffer:
+        transitions = stored_transitions_of(self._dataset, self._algo)
+        if self._algo.need_returns_to_go:
+            self._returns_to_go = returns_to_go_of(self._dataset, self._algo)
+        buffer = self._new_buffer(len(transitions))
+        buffer.extend(transitions)
+        self._images = has_images(transitions.observations)
+        if self._saved is not None:
+            self._go_on(buffer, self._saved)
+        return buffer
+
+    def _empty(self) -> ClusteredReplayBuffer:
+        assert self._capacity is not None
+        if self._algo.need_returns_to_go:
+            fail("fit_online", "an algorithm that needs no returns of whole episodes", type(self._algo).__name__)
+        return self._new_buffer(min(getattr(self._dataset.buffer, "_limit", self._capacity), self._capacity))
+
+    def _follow(self, buffer: ClusteredReplayBuffer) -> None:
+        """Take over what has been appended since the last batch."""
+        start, stop = rows_since(self._dataset, self._seen), self._dataset.transition_count
+        if start < stop:
+            transitions = stored_transitions_from(self._dataset, start, self._algo)
+            buffer.extend(transitions)
+            self._images = has_images(transitions.observations)
+            self._seen = self._dataset.buffer[stop - 1]
+
+    def _go_on(self, buffer: ClusteredReplayBuffer, path: str | os.PathLike[str]) -> None:
+        """The saved buffer's clusters, generator and counters, over the same transitions."""
+        state = ClusteredReplayBuffer.load(path, **self._options()).state_dict()
+        if not _same(state["storage"], buffer.state_dict()["storage"]):
+            fail("dataset", f"the transitions of the buffer in {path}, scaled as they were", "others")
+        buffer.load_state_dict(state)
+
+    def _new_buffer(self, capacity: int) -> ClusteredReplayBuffer:
+        config = self._algo.config
+        seed = torch.initial_seed() if config.seed is None else config.seed
+        return ClusteredReplayBuffer(
+            capacity,
+            n_clusters=config.n_clusters,
+            # a second fit in one process draws other batches, and so does each rank
+            seed=(seed + self._algo.grad_step + self._seed_offset + _rank(self._algo) * RANK) % 2**63,
+            **self._options(),
+        )
+
+    def _options(self) -> dict[str, Any]:
+        config = self._algo.config
+        return {
+            "embedding": config.embedding,
+            "refresh": None if config.refresh_interval is None else Every(config.refresh_interval),
+            "clusterer": self._algo.c4_clusterer,
+            "device": self._algo._device,
+            "storage": "device",
+            **self._algo.c4_buffer_options,
+        }
+
+    def _critics(self) -> Critics:
+        """The algorithm's critics, shown images as they see them in training."""
+        critics: Critics = self._algo.impl.c4_critics
+        if not self._images:
+            return critics
+        scale = functools.partial(scaled_observations, algo=self._algo)
+        policy = None if critics.policy is None else _Scaled(critics.policy, scale)
+        return Critics(critics.critic, critics.target, policy=policy, features=critics.features, encode=scale)
+
+    def _can_cluster(self, batch_size: int) -> bool:
+        if self._capacity is not None and len(self.buffer or ()) < max(batch_size, self._algo.config.n_clusters):
+            return False
+        return bool(self._algo.grad_step >= self._warm_up)
+
+    @property
+    def _warm_up(self) -> int:
+        """Updates before the critics learn, and have gradients worth clustering."""
+        return max(getattr(self._algo.config.base, name, 0) for name in WARM_UPS)
+
+
+class MixedBatches:
+    """Batches of a MixedReplayBuffer: its two shares, each from one cluster of its own buffer's transitions."""
+
+    def __init__(self, dataset: MixedReplayBuffer, algo: Any, *, capacity: int | None = None) -> None:
+        self.primary = Batches(dataset.primary_replay_buffer, algo, capacity=capacity)
+        self.secondary = Batches(dataset.secondary_replay_buffer, algo, seed_offset=SECOND)
+        self._ratio = dataset._secondary_mix_ratio
+
+    @property
+    def buffer(self) -> ClusteredReplayBuffer | None:
+        """The primary's."""
+        return self.primary.buffer
+
+    def sample(self, batch_size: int) -> TorchMiniBatch:
+        """d3rlpy's own shares: the primary's, rounded down, and the secondary's."""
+        first = int((1 - self._ratio) * batch_size)
+        shares = ((self.primary, first), (self.secondary, batch_size - first))
+        return _joined([batches.sample(rows) for batches, rows in shares if rows > 0])
+
+
+class _Scaled:
+    """A policy of what the networks see as one of what is stored."""
+
+    def __init__(self, policy: Callable[[Any], torch.Tensor], scale: Callable[[Any], Any]) -> None:
+        self.policy, self.scale = policy, scale
+
+    def __call__(self, observations: Any) -> torch.Tensor:
+        return self.policy(self.scale(observations))
+
+
+def _rank(algo: Any) -> int:
+    return torch.distributed.get_rank() if algo._enable_ddp and torch.distributed.is_initialized() else 0
+
+
+def _joined(parts: list[TorchMiniBatch]) -> TorchMiniBatch:
+    if len(parts) == 1:
+        return parts[0]
+    names = [field.name for field in dataclasses.fields(parts[0]) if field.name not in ("device", "numpy_batch")]
+
+    def join(name: str) -> Any:
+        values = [getattr(part, name) for part in parts]
+        if isinstance(values[0], list):
+            return [torch.cat(leaves) for leaves in zip(*values)]
+        return torch.cat(values)
+
+    return TorchMiniBatch(**{name: join(name) for name in names}, device=parts[0].device)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two states are equal, tensor by tensor."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(_same(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return bool(one == other)

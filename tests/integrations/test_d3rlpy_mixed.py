@@ -1,0 +1,114 @@
+"""C4 on d3rlpy's MixedReplayBuffer: each of its two shares of a batch comes from one cluster."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from c4buffer.integrations.d3rlpy import C4Config
+from d3rlpy.algos import CalQLConfig, SACConfig, TD3PlusBCConfig
+from d3rlpy.dataset import MixedReplayBuffer, MultiStepTransitionPicker, create_fifo_replay_buffer
+from d3rlpy.logging import NoopAdapterFactory
+
+from c4buffer import Transitions
+
+from .test_d3rlpy import built, dataset_of, drawn, episodes, row_key, small, transitions_of_rows
+
+__all__ = ["drawn"]  # a fixture
+QUIET: dict[str, Any] = {"show_progress": False, "logger_adapter": NoopAdapterFactory()}
+
+
+def pendulum_episodes() -> Any:
+    env = gymnasium.make("Pendulum-v1", max_episode_steps=30)
+    buffer = create_fifo_replay_buffer(500, env=env)
+    generator = np.random.default_rng(0)
+    for episode in range(5):
+        observation, _ = env.reset(seed=episode)
+        for _ in range(30):
+            action = generator.uniform(-2, 2, size=1).astype(np.float32)
+            following, reward, *_ = env.step(action)
+            buffer.append(observation, action, float(reward))
+            observation = following
+        buffer.clip_episode(False)
+    return buffer
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 1.0])
+def test_shares_are_the_hosts_and_come_from_one_cluster_each(ratio: float, drawn: list[Transitions]) -> None:
+    primary, secondary = dataset_of(episodes(6)), dataset_of(episodes(6, seed=1))
+    mixed = MixedReplayBuffer(primary, secondary, secondary_mix_ratio=ratio)
+    algo = built(C4Config(base=small(TD3PlusBCConfig), n_clusters=2, penalty_every=1, seed=0), primary)
+    metrics = algo.fit(mixed, n_steps=5, n_steps_per_epoch=5, **QUIET)[0][1]
+    assert np.isfinite(metrics["c4_penalty"])
+    first = int((1 - ratio) * 16)
+    sizes = [size for size in (first, 16 - first) if size > 0]
+    assert [len(batch) for batch in drawn] == sizes * 5
+    assert {batch.cluster for batch in drawn} == {0, 1}
+    if 0 < ratio < 1:
+        assert len(algo.c4_buffer) == primary.transition_count
+        assert len(algo.c4_secondary_buffer) == secondary.transition_count
+        for rows, batches in ((primary, drawn[::2]), (secondary, drawn[1::2])):
+            everything = transitions_of_rows(rows)
+            for batch in batches:
+                assert torch.equal(batch.observations, everything.observations[batch.indices])
+
+
+def test_offline_data_and_an_environments_are_mixed_online(drawn: list[Transitions]) -> None:
+    env = gymnasium.make("Pendulum-v1", max_episode_steps=30)
+    offline, online = pendulum_episodes(), create_fifo_replay_buffer(1000, env=env)
+    mixed = MixedReplayBuffer(online, offline, secondary_mix_ratio=0.5)
+    algo = C4Config(base=small(SACConfig), n_clusters=2, refresh_interval=10, seed=0).create()
+    algo.fit_online(env, mixed, n_steps=60, n_steps_per_epoch=60, update_start_step=5, random_steps=10, **QUIET)
+    own, others = drawn[::2], drawn[1::2]
+    assert len(own) == len(others) == 55
+    assert own[0].cluster == -1  # five transitions are no clusters yet
+    assert own[-1].cluster >= 0
+    assert all(batch.cluster >= 0 for batch in others)
+    known = {row_key(transitions_of_rows(online), i) for i in range(online.transition_count)}
+    assert all(row_key(batch, i) in known for batch in own for i in range(len(batch)))
+    assert algo.c4_secondary_buffer.capacity == offline.transition_count
+
+
+def test_returns_to_go_are_those_of_each_shares_episodes() -> None:
+    primary, secondary = dataset_of(episodes(6)), dataset_of(episodes(6, seed=1))
+    mixed = MixedReplayBuffer(primary, secondary, secondary_mix_ratio=0.5)
+    algo = built(C4Config(base=small(CalQLConfig), n_clusters=2, seed=0), primary)
+    seen: list[Any] = []
+    update = type(algo.impl).inner_update
+
+    def keep(batch: Any, grad_step: int) -> Any:
+        seen.append(batch)
+        return update(algo.impl, batch, grad_step)
+
+    algo.impl.inner_update = keep
+    algo.fit(mixed, n_steps=2, n_steps_per_epoch=2, **QUIET)
+    table = {}
+    for dataset in (primary, secondary):
+        for i in range(dataset.transition_count):
+            step = dataset.transition_picker(*dataset.buffer[i])
+            rewards = step.rewards_to_go[:, 0]
+            table[tuple(step.observation.tolist())] = float((0.99 ** np.arange(len(rewards)) * rewards).sum())
+    for batch in seen:
+        assert batch.observations.shape == (16, 3)
+        for observation, returned in zip(batch.observations.tolist(), batch.returns_to_go[:, 0].tolist()):
+            assert returned == pytest.approx(table[tuple(observation)], rel=1e-4, abs=1e-4)
+
+
+def test_a_mixed_buffer_online_needs_a_picker_that_looks_back_in_what_grows_alone() -> None:
+    env = gymnasium.make("Pendulum-v1")
+    ahead = MultiStepTransitionPicker(n_steps=3, gamma=0.99)
+    mixed = MixedReplayBuffer(
+        create_fifo_replay_buffer(100, env=env, transition_picker=ahead),
+        dataset_of(episodes(), transition_picker=ahead),
+        secondary_mix_ratio=0.5,
+    )
+    with pytest.raises(ValueError, match="buffer: expected one with a BasicTransitionPicker or Frame.*, got MultiStep"):
+        C4Config(base=small(SACConfig)).create().fit_online(env, mixed)
+    own = create_fifo_replay_buffer(100, env=env)
+    algo = C4Config(base=small(SACConfig)).create()
+    algo.c4_resume("somewhere")
+    with pytest.raises(ValueError, match="c4_resume: expected a fit of one dataset after it, got fit with a Mixed"):
+        algo.fit(MixedReplayBuffer(own, own, secondary_mix_ratio=0.5), n_steps=1)

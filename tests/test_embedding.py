@@ -1,0 +1,81 @@
+"""Embeddings that are too wide to be kept are projected as they are read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from c4buffer import ClusteredReplayBuffer, Critics, Transitions, embedding, stacked_gradients
+from c4buffer.embedding import embed_rows
+
+
+def wide_data(rows: int = 60, pixels: int = 50) -> tuple[Transitions, Critics]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, rows, 1, 5, pixels // 5, generator=generator)
+    transitions = Transitions(
+        observations=images[0],
+        actions=torch.randint(3, (rows,), generator=generator),
+        rewards=torch.zeros(rows),
+        next_observations=images[1],
+        terminals=torch.zeros(rows),
+    )
+    torch.manual_seed(0)
+    critics = [nn.Sequential(nn.Flatten(), nn.Linear(pixels, 16), nn.Tanh(), nn.Linear(16, 3)) for _ in range(2)]
+    return transitions, Critics(*critics)
+
+
+def rows_of(transitions: Transitions) -> Any:
+    return lambda start, stop: transitions[start:stop]
+
+
+@pytest.mark.parametrize("chunk_rows", [7, 1000])
+def test_both_halves_are_projected_on_the_same_directions(monkeypatch: pytest.MonkeyPatch, chunk_rows: int) -> None:
+    transitions, critics = wide_data()
+    full = stacked_gradients(critics, transitions)
+    assert full.shape == (60, 100)
+    monkeypatch.setattr(embedding, "rows_for", lambda *_: chunk_rows)
+    monkeypatch.setattr(embedding, "WIDEST", 99)
+    kept = embed_rows("gradients", critics, 60, rows_of(transitions), device=torch.device("cpu"), max_dim=20)
+    assert kept.shape == (60, 20)
+    directions = embedding._directions(50, 10)
+    expected = torch.cat([full[:, :50] @ directions, full[:, 50:] @ directions], dim=1)
+    torch.testing.assert_close(kept, expected)
+    again = embed_rows("gradients", critics, 60, rows_of(transitions), device=torch.device("cpu"), max_dim=20)
+    assert torch.equal(kept, again)
+
+
+def test_lengths_and_angles_are_about_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    transitions, critics = wide_data(pixels=500)
+    full = stacked_gradients(critics, transitions)
+    monkeypatch.setattr(embedding, "WIDEST", 99)
+    kept = embed_rows("gradients", critics, 60, rows_of(transitions), device=torch.device("cpu"), max_dim=512)
+    products = kept @ kept.T / (full @ full.T).diagonal().mean()
+    expected = full @ full.T / (full @ full.T).diagonal().mean()
+    assert (products - expected).abs().mean() < 0.1
+
+
+def test_embeddings_that_are_narrow_enough_stay_as_they_are() -> None:
+    transitions, critics = wide_data()
+    kept = embed_rows("gradients", critics, 60, rows_of(transitions), device=torch.device("cpu"), max_dim=2)
+    torch.testing.assert_close(kept, stacked_gradients(critics, transitions))
+
+
+def test_a_buffer_clusters_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    transitions, critics = wide_data()
+    monkeypatch.setattr(embedding, "WIDEST", 99)
+    buffer = ClusteredReplayBuffer.from_transitions(transitions, n_clusters=2, max_dim=10, seed=0)
+    report = buffer.refresh(critics)
+    assert buffer.mixture.means.shape == (2, 10)
+    assert report.total > 0
+    buffer.attach(critics)
+    assert torch.isfinite(torch.tensor(buffer.log_likelihood_of(torch.arange(20))))
+
+    def own(critics: Critics, batch: Transitions) -> torch.Tensor:
+        return batch.observations.flatten(1).repeat(1, 3)
+
+    other = ClusteredReplayBuffer.from_transitions(transitions, n_clusters=2, max_dim=10, embedding=own, seed=0)
+    other.refresh(critics)
+    assert other.mixture.means.shape == (2, 10)
