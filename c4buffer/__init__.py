@@ -1,4 +1,4 @@
-"""C4 for offline reinforcement learning: a clustered replay buffer and the covariance penalty."""
+"""C4 and ACTIVE for offline reinforcement learning: a clustered replay buffer, and losses for loops that exist."""
 
 from .backends import FaissClusterer, SklearnClusterer
 from .buffer import ClusteredReplayBuffer
@@ -10,6 +10,15 @@ from .losses.covariance import (
     covariance_penalty,
     cross_covariance,
     decompose_cross_covariance,
+)
+from .losses.likelihood import estimate_log_likelihood_target
+from .losses.temperature import TemperatureController
+from .losses.value_ensemble import (
+    VEnsemble,
+    VEnsembleAdvantage,
+    cloning_policy_loss,
+    expectile_value_loss,
+    sparse_value_loss,
 )
 from .mixture import GaussianMixture, MixtureResult
 from .reduction import ReducedClusterer
@@ -35,11 +44,18 @@ __all__ = [
     "RefreshReport",
     "SingleClusterSampler",
     "SklearnClusterer",
+    "TemperatureController",
     "Transitions",
+    "VEnsemble",
+    "VEnsembleAdvantage",
+    "cloning_policy_loss",
     "covariance_penalty",
     "cross_covariance",
     "decompose_cross_covariance",
+    "estimate_log_likelihood_target",
+    "expectile_value_loss",
     "load_d4rl",
+    "sparse_value_loss",
     "stacked_features",
     "stacked_gradients",
 ]

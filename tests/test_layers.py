@@ -36,6 +36,7 @@ LAYERS = {
     "mixture": 1,
     "losses.value_ensemble": 1,
     "losses.temperature": 1,
+    "losses.likelihood": 1,
     "losses.covariance": 2,
     "clustering": 2,
     "embedding": 2,

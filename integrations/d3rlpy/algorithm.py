@@ -43,6 +43,7 @@ from d3rlpy.torch_utility import TorchMiniBatch
 from c4buffer import ClusteredReplayBuffer, Clusterer, CovariancePenalty, Critics
 from c4buffer._checks import fail
 
+from .active import ACTIVE
 from .batches import Batches, MixedBatches
 from .config import C4Config
 from .dataset import from_mini_batch
@@ -66,6 +67,7 @@ CONTINUOUS = (
     PLAS,
     PLASWithPerturbation,
     IQL,
+    ACTIVE,
 )
 DISCRETE = (DQN, DoubleDQN, NFQ, DiscreteCQL, DiscreteBCQ, DiscreteSAC)
 SUPPORTED = (*CONTINUOUS, *DISCRETE)

@@ -1,0 +1,112 @@
+"""Where ACTIVE's constraint E[log pi(a | s)] >= H_D may stand: H_D from the data alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .._checks import check_choice, check_integer, check_number, fail
+from ..transitions import Transitions
+
+EVALUATIONS = 20  # of the held-out likelihood while the policy is fitted
+
+
+def estimate_log_likelihood_target(
+    transitions: Transitions,
+    make_policy: Callable[[], Any],
+    *,
+    method: Literal["fraction", "quantile"] = "fraction",
+    fraction: float = 0.8,
+    quantile: float = 0.25,
+    action_bounds: tuple[float, float] = (-1.0, 1.0),
+    held_out: float = 0.1,
+    updates: int = 2000,
+    batch_size: int = 256,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+) -> float:
+    """H_D of Eq. 12, in nats per action vector, from what behaviour cloning reaches on rows that it has not seen.
+
+    The paper sets H_D by data set and leaves its values unpublished; both ways here are ours. A policy of the family
+    that will be trained is fitted to the data's actions by maximum likelihood, and its best held-out moment is kept: on
+    what it has seen, a network can be as likely as it likes. With L its held-out log-likelihood by row:
+
+        fraction: H_D = L_0 + fraction (mean L - L_0), where L_0 = -A log(high - low) is that of the uniform policy:
+            how far the policy has to go from knowing nothing to the behaviour.
+        quantile: H_D = the quantile of L: the policy's mean is asked to be what the least likely part of the data is.
+
+    Args:
+        transitions: with continuous actions [N, A], scaled as the policy will see them.
+        make_policy: makes a new policy, on the transitions' device: a module with `log_prob(observations, actions) ->
+            [B]`, summed over action dimensions. The random numbers of its initialisation are of `seed`.
+        method: "fraction" or "quantile".
+        fraction, quantile: from 0 to 1.
+        action_bounds: of each action dimension, for "fraction".
+        held_out: the share of rows, drawn at random, on which the policy is judged.
+        updates, batch_size, learning_rate: of the fit, by Adam.
+        seed: global generators are left as they are.
+
+    Raises:
+        ValueError: for discrete actions, values outside their ranges, and a policy whose likelihoods are not finite.
+    """
+    check_choice("method", method, ("fraction", "quantile"))
+    for name, value in (("fraction", fraction), ("quantile", quantile)):
+        if check_number(name, value, minimum=0) > 1:
+            fail(name, "a number from 0 to 1", repr(value))
+    if check_number("held_out", held_out, minimum=0, exclusive=True) >= 1:
+        fail("held_out", "a number above 0 and below 1", repr(held_out))
+    for name, count in (("updates", updates), ("batch_size", batch_size)):
+        check_integer(name, count, minimum=1)
+    check_number("learning_rate", learning_rate, minimum=0, exclusive=True)
+    low, high = action_bounds
+    if not low < high:
+        fail("action_bounds", "(low, high) with low below high", repr(action_bounds))
+    if not transitions.actions.is_floating_point():
+        fail("transitions", "continuous actions, which have a density", "discrete ones")
+    if len(transitions) < 2:
+        fail("transitions", "at least two, one to fit and one to judge by", len(transitions))
+    uniform = -transitions.actions.shape[1] * math.log(high - low)
+    likelihoods = _held_out_likelihoods(transitions, make_policy, held_out, updates, batch_size, learning_rate, seed)
+    if method == "quantile":
+        return float(torch.quantile(likelihoods, quantile))
+    return uniform + fraction * (float(likelihoods.mean()) - uniform)
+
+
+def _held_out_likelihoods(
+    transitions: Transitions,
+    make_policy: Callable[[], Any],
+    held_out: float,
+    updates: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+) -> Tensor:
+    """log pi(a | s) of the rows that were held out, by the policy at its best moment, float64."""
+    device = transitions.actions.device
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(transitions), generator=generator)
+    judged = max(1, min(len(order) - 1, round(held_out * len(order))))
+    unseen, seen = transitions[order[:judged].to(device)], order[judged:]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        policy = make_policy()
+        optimizer = torch.optim.Adam(policy.parameters(), lr=learning_rate)
+        best: Tensor | None = None
+        for update in range(updates + 1):
+            if update % max(1, updates // EVALUATIONS) == 0 or update == updates:
+                with torch.no_grad():
+                    found = policy.log_prob(unseen.observations, unseen.actions).double().cpu()
+                if not bool(torch.isfinite(found).all()):
+                    fail("make_policy", "a policy with finite log-likelihoods", f"{float(found.sum())} in all")
+                if best is None or found.mean() > best.mean():
+                    best = found
+            rows = transitions[seen[torch.randint(len(seen), (batch_size,), generator=generator)].to(device)]
+            optimizer.zero_grad()
+            (-policy.log_prob(rows.observations, rows.actions).mean()).backward()
+            optimizer.step()
+    assert best is not None
+    return best

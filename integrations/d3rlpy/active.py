@@ -1,0 +1,267 @@
+"""ACTIVE as one of d3rlpy's own algorithms, which `ACTIVEConfig` makes."""
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from d3rlpy.algos import QLearningAlgoBase
+from d3rlpy.algos.qlearning.torch.ddpg_impl import (
+    DDPGBaseActorLoss,
+    DDPGBaseCriticLoss,
+    DDPGBaseImpl,
+    DDPGBaseModules,
+)
+from d3rlpy.constants import ActionSpace
+from d3rlpy.dataclass_utils import asdict_as_float
+from d3rlpy.models.builders import create_continuous_q_function, create_normal_policy, create_value_function
+from d3rlpy.models.encoders import EncoderFactory
+from d3rlpy.models.q_functions import MeanQFunctionFactory
+from d3rlpy.models.torch import ActionOutput, VectorEncoder, build_gaussian_distribution
+from d3rlpy.torch_utility import TorchMiniBatch, wrap_model_by_ddp
+from torch import Tensor, nn
+
+from c4buffer import (
+    TemperatureController,
+    VEnsemble,
+    VEnsembleAdvantage,
+    cloning_policy_loss,
+    estimate_log_likelihood_target,
+    expectile_value_loss,
+    sparse_value_loss,
+)
+from c4buffer._checks import fail
+
+from .active_config import ACTIVEConfig
+from .dataset import transitions_of
+
+DENSITY = {"min_logstd": -5.0, "max_logstd": 2.0, "use_std_parameter": True}  # of the policy, as IQL's in d3rlpy
+
+
+class ACTIVE(QLearningAlgoBase["ACTIVEImpl", ACTIVEConfig]):
+    """ACTIVE in d3rlpy's terms; made by `ACTIVEConfig.create`."""
+
+    def inner_create_impl(self, observation_shape: Any, action_size: int) -> None:
+        config, ddp = self._config, self._enable_ddp
+        policy = self._new_policy(observation_shape, action_size, ddp)
+        critics = [
+            create_continuous_q_function(
+                observation_shape,
+                action_size,
+                config.critic_encoder_factory,
+                MeanQFunctionFactory(),
+                n_ensembles=config.n_critics,
+                device=self._device,
+                enable_ddp=ddp,
+            )
+            for _ in range(2)
+        ]
+        (q_funcs, forwarder), (targ_q_funcs, targ_forwarder) = critics
+        value_funcs = new_value_functions(observation_shape, config.value_encoder_factory, config.n_members)
+        value_funcs = value_funcs.to(self._device)
+        value_funcs = wrap_model_by_ddp(value_funcs) if ddp else value_funcs
+        group = torch.distributed.group.WORLD if ddp else None
+        modules = ACTIVEModules(
+            policy=policy,
+            q_funcs=q_funcs,
+            targ_q_funcs=targ_q_funcs,
+            value_funcs=value_funcs,
+            temperature=config.make_controller(group).to(self._device),
+            actor_optim=config.actor_optim_factory.create(
+                policy.named_modules(), lr=config.actor_learning_rate, compiled=self.compiled
+            ),
+            critic_optim=config.critic_optim_factory.create(
+                [*q_funcs.named_modules(), *value_funcs.named_modules()],
+                lr=config.critic_learning_rate,
+                compiled=self.compiled,
+            ),
+        )
+        self._impl = ACTIVEImpl(
+            observation_shape=observation_shape,
+            action_size=action_size,
+            modules=modules,
+            q_func_forwarder=forwarder,
+            targ_q_func_forwarder=targ_forwarder,
+            gamma=config.gamma,
+            tau=config.eta,
+            compiled=self.compiled,
+            device=self._device,
+            config=config,
+        )
+
+    def fitter(self, dataset: Any, *arguments: Any, **options: Any) -> Iterator[tuple[int, dict[str, float]]]:
+        """d3rlpy's `fitter`; before the first batch, H_D is estimated where that is wanted and has not been done."""
+        view = copy.copy(dataset)
+
+        def sample(batch_size: int) -> Any:
+            self._know_target(dataset)
+            return dataset.sample_transition_batch(batch_size)
+
+        view.sample_transition_batch = sample
+        yield from super().fitter(view, *arguments, **options)
+
+    def fit_online(self, env: Any, *arguments: Any, **options: Any) -> None:
+        """d3rlpy's `fit_online`.
+
+        Raises:
+            ValueError: where H_D is still to be estimated, for which there are no data.
+        """
+        target = None if self._impl is None else self._impl.modules.temperature.target
+        if self._config.likelihood_target == "auto" and target is None:
+            fail("likelihood_target", "a number, or a fit before fit_online", "'auto'")
+        super().fit_online(env, *arguments, **options)
+
+    def get_action_type(self) -> ActionSpace:
+        return ActionSpace.CONTINUOUS
+
+    def _know_target(self, dataset: Any) -> None:
+        assert self._impl is not None
+        temperature = self._impl.modules.temperature
+        if self._config.likelihood_target == "auto" and temperature.target is None:
+            shape, size = self._impl.observation_shape, self._impl.action_size
+            temperature.target = estimate_log_likelihood_target(
+                transitions_of(dataset, self), lambda: _Density(self._new_policy(shape, size, False))
+            )
+
+    def _new_policy(self, observation_shape: Any, action_size: int, ddp: bool) -> Any:
+        return create_normal_policy(
+            observation_shape,
+            action_size,
+            self._config.actor_encoder_factory,
+            device=self._device,
+            enable_ddp=ddp,
+            **DENSITY,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ACTIVEModules(DDPGBaseModules):
+    """The networks, and beta."""
+
+    value_funcs: nn.Module
+    temperature: TemperatureController
+
+
+@dataclasses.dataclass(frozen=True)
+class ACTIVECriticLoss(DDPGBaseCriticLoss):
+    """Its parts, as d3rlpy logs them."""
+
+    q_loss: Tensor
+    v_loss: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class ACTIVEActorLoss(DDPGBaseActorLoss):
+    """With the mean log-likelihood of the data's actions."""
+
+    log_likelihood: Tensor
+
+
+class ACTIVEImpl(DDPGBaseImpl):
+    """The losses on d3rlpy's networks."""
+
+    _modules: ACTIVEModules
+
+    def __init__(self, *, config: ACTIVEConfig, **options: Any) -> None:
+        super().__init__(**options)
+        self._modules.targ_q_funcs.requires_grad_(False)  # the policy's loss goes through them, to the action only
+        self._config = config
+        self._advantage = VEnsembleAdvantage(
+            quantile=config.quantile, temperature=config.temperature, max_weight=config.max_weight
+        )
+
+    def compute_target(self, batch: TorchMiniBatch) -> Tensor:
+        """min_i V_i(s') (Eq. 4), [B, 1]."""
+        with torch.no_grad():
+            v_next = self._modules.value_funcs(batch.next_observations)
+            return self._advantage.target(v_next).unsqueeze(1)
+
+    def compute_critic_loss(self, batch: TorchMiniBatch, q_tpn: Tensor) -> ACTIVECriticLoss:
+        """The TD loss of Eq. 4 and the value loss of Eq. 3."""
+        q_loss = self._q_func_forwarder.compute_error(
+            observations=batch.observations,
+            actions=batch.actions,
+            rewards=batch.rewards,
+            target=q_tpn,
+            terminals=batch.terminals,
+            gamma=self._gamma**batch.intervals,
+        )
+        v = self._modules.value_funcs(batch.observations)
+        if self._config.value_loss == "expectile":
+            v_loss = expectile_value_loss(self._q_of_data(batch), v, tau=self._config.tau)
+        else:
+            v_loss = sparse_value_loss(self._q_of_data(batch), v, alpha=self._config.alpha)
+        return ACTIVECriticLoss(critic_loss=q_loss + v_loss, q_loss=q_loss, v_loss=v_loss)
+
+    def compute_actor_loss(self, batch: TorchMiniBatch, action: ActionOutput) -> ACTIVEActorLoss:
+        """The policy's loss of Eq. 13."""
+        density = build_gaussian_distribution(action)
+        log_prob = density.log_prob(batch.actions).squeeze(1)
+        with torch.no_grad():
+            weights = self._advantage.weights(self._q_of_data(batch), self._modules.value_funcs(batch.observations))
+        if self._config.q_weight > 0:
+            q = self._config.q_weight * self._min_target_q(batch.observations, density.sample())
+        else:
+            q = torch.zeros_like(log_prob)
+        loss = cloning_policy_loss(q, log_prob, weights, self._modules.temperature.beta)
+        return ACTIVEActorLoss(actor_loss=loss, log_likelihood=log_prob.detach().mean())
+
+    def update_actor(self, batch: TorchMiniBatch) -> dict[str, float]:
+        """A step of the policy, then one of beta, which no captured graph may hold."""
+        self._modules.q_funcs.eval()
+        loss: Any = self._compute_actor_grad(batch)
+        self._modules.actor_optim.step()
+        temperature = self._modules.temperature
+        if self._config.likelihood_target is not None:
+            temperature.step(loss.log_likelihood.reshape(1))
+        return {**asdict_as_float(loss), "temperature": float(temperature.beta.detach())}
+
+    def inner_sample_action(self, x: Any) -> Tensor:
+        action: Tensor = build_gaussian_distribution(self._modules.policy(x)).sample()
+        return action
+
+    def _q_of_data(self, batch: TorchMiniBatch) -> Tensor:
+        with torch.no_grad():
+            return self._min_target_q(batch.observations, batch.actions)
+
+    def _min_target_q(self, observations: Any, actions: Tensor) -> Tensor:
+        q: Tensor = self._targ_q_func_forwarder.compute_expected_q(observations, actions, "min")
+        return q.squeeze(1)
+
+
+class _Density(nn.Module):
+    """A policy of d3rlpy's with the method that fits it."""
+
+    def __init__(self, policy: Any) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def log_prob(self, observations: Any, actions: Tensor) -> Tensor:
+        observations = list(observations) if isinstance(observations, tuple) else observations
+        found: Tensor = build_gaussian_distribution(self.policy(observations)).log_prob(actions).squeeze(1)
+        return found
+
+
+def new_value_functions(observation_shape: Any, encoder_factory: EncoderFactory, n_members: int) -> nn.Module:
+    """observations -> [m, B]: all members at once where the factory makes perceptrons with ReLU, else one by one."""
+    first = create_value_function(observation_shape, encoder_factory, "cpu:0", False)
+    if type(first._encoder) is VectorEncoder:
+        layers = list(first._encoder._layers)
+        kinds = [type(layer) for layer in layers]
+        if kinds == [nn.Linear, nn.ReLU] * (len(layers) // 2):
+            widths = [layer.out_features for layer in layers[::2]]
+            return VEnsemble(layers[0].in_features, n_members=n_members, hidden=widths)
+    others = (create_value_function(observation_shape, encoder_factory, "cpu:0", False) for _ in range(n_members - 1))
+    return _OneByOne([first, *others])
+
+
+class _OneByOne(nn.Module):
+    """V-functions of any networks, [B, ...] -> [m, B]."""
+
+    def __init__(self, members: list[Any]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, observations: Any) -> Tensor:
+        return torch.stack([member(observations).squeeze(1) for member in self.members])
