@@ -57,18 +57,18 @@ class Timing:
     start: float
 
 
-def timed_fit(d3rlpy: Any, algorithm: str, dataset: Any, penalty_every: int | None, updates: int) -> Timing:
-    """What a fit of a new algorithm takes."""
+def timed_fit(
+    d3rlpy: Any, algorithm: str, dataset: Any, scaler: Any, penalty_every: int | None, updates: int
+) -> Timing:
+    """What a fit of a new algorithm takes, with a scaler that is fitted."""
     from c4buffer.integrations.d3rlpy import C4Config
 
     d3rlpy.seed(0)
-    scaler = d3rlpy.preprocessing.StandardObservationScaler()
     config = getattr(d3rlpy.algos, ALGORITHMS[algorithm])(observation_scaler=scaler)
     if penalty_every is not None:
         config = C4Config(base=config, penalty_every=penalty_every, seed=0)
     algo = config.create("cpu")
     algo.build_with_dataset(dataset)
-    algo.observation_scaler.fit_with_transition_picker(dataset.episodes, dataset.transition_picker)
     moments = [time.perf_counter()]
     results = algo.fit(
         dataset,
@@ -103,17 +103,20 @@ def main() -> None:
     columns = {name: np.concatenate([values] * arguments.copies) for name, values in columns.items()}
     dataset = d3rlpy.dataset.MDPDataset(**columns)
 
+    scaler = d3rlpy.preprocessing.StandardObservationScaler()
+    scaler.fit_with_transition_picker(dataset.episodes, dataset.transition_picker)
+
     console = Console(width=None if sys.stdout.isatty() else 110)
     machine = platform.processor() or platform.machine()
     console.print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {machine}")
     console.print(f"{arguments.algorithm}, {dataset.transition_count:,} transitions")
     for penalty_every in ARMS.values():
-        timed_fit(d3rlpy, arguments.algorithm, dataset, penalty_every, min(1000, arguments.updates))  # warm-up
+        timed_fit(d3rlpy, arguments.algorithm, dataset, scaler, penalty_every, min(1000, arguments.updates))  # warm-up
     turns: list[dict[str, Timing]] = []
     for turn in range(arguments.pairs):
         turns.append(
             {
-                arm: timed_fit(d3rlpy, arguments.algorithm, dataset, every, arguments.updates)
+                arm: timed_fit(d3rlpy, arguments.algorithm, dataset, scaler, every, arguments.updates)
                 for arm, every in ARMS.items()
             }
         )

@@ -48,7 +48,7 @@ def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     torch asks MKL, which gives processors of other makers than its own half of what they can do with AVX-512. oneDNN,
     which torch carries too, does not look at the maker: where torch has it, it is asked.
     """
-    if _linear is None or not gains(left, right):
+    if _linear is None or not _suits(left, right):
         return torch.bmm(left, right, out=out)
     if out is None:
         out = left.new_empty(len(left), left.shape[1], right.shape[2])
@@ -57,11 +57,9 @@ def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
-def gains(left: Tensor, right: Tensor) -> bool:
-    """Whether `product` of these is faster than torch's own."""
+def _suits(left: Tensor, right: Tensor) -> bool:
     return (
-        _linear is not None
-        and left.device.type == "cpu"
+        left.device.type == "cpu"
         and left.dtype == torch.float32
         and left.shape[2] <= MOST_SUMMED
         and left[0].numel() * right.shape[2] >= FEWEST_MULTIPLICATIONS

@@ -25,6 +25,8 @@ class Arm:
         gradient_variance: the trace of its covariance in that place.
         cap: the raw penalty P of each critic becomes cap * tanh(P / cap), as in C4's published code.
         buffer: options of the ClusteredReplayBuffer that C4Config has no field for.
+        active: fields of ACTIVEConfig, for a base of ACTIVE's.
+        target: how ACTIVE's H_D is estimated, as options of `estimate_log_likelihood_target`.
     """
 
     c4: dict[str, Any] | None = None
@@ -34,6 +36,8 @@ class Arm:
     gradient_variance: bool = False
     cap: float | None = None
     buffer: dict[str, Any] = field(default_factory=dict)
+    active: dict[str, Any] = field(default_factory=dict)
+    target: dict[str, Any] = field(default_factory=dict)
 
 
 SAMPLER = {"n_clusters": 3, "refresh_interval": 1000, "penalty_weight": 0.0}
@@ -77,6 +81,14 @@ ARMS.update(
     }
 )
 SEARCH = tuple(name for name in ARMS if name not in FIRST)
+
+TARGETS: dict[str, dict[str, Any]] = {
+    "fraction-0.5": {"method": "fraction", "fraction": 0.5},
+    "fraction-1": {"method": "fraction", "fraction": 1.0},
+    "quantile-0.1": {"method": "quantile", "quantile": 0.1},
+    "quantile-0.5": {"method": "quantile", "quantile": 0.5},
+}
+ARMS.update({name: Arm(target=options) for name, options in TARGETS.items()})
 
 
 @dataclass(frozen=True)
@@ -123,6 +135,23 @@ GRIDS = {
         seeds=(3, 4, 5),
         updates=100_000,
         evaluate_every=5_000,
+    ),
+    "active": Grid(
+        datasets=("hopper-medium-expert", "hopper-medium-replay"),
+        arms=("plain",),
+        seeds=(0, 1, 2),
+        updates=25_000,
+        evaluate_every=2_500,
+        bases=("iql", "active_i", "active_s"),
+    ),
+    "target": Grid(
+        datasets=("hopper-medium-expert", "hopper-medium-replay"),
+        arms=tuple(TARGETS),
+        seeds=(0, 1),
+        updates=25_000,
+        evaluate_every=2_500,
+        bases=("active_i",),
+        beside=("active",),
     ),
     "toy": Grid(
         datasets=("hopper-medium-expert",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import logging
 import subprocess
@@ -67,7 +68,8 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
 
     curves: dict[str, list[Any]] = {"evaluated_at": [], "scores": [], "cluster_sizes": []}
     training_seconds, began = 0.0, time.process_time()
-    for epoch, _ in algo.fitter(
+    target = None
+    for epoch, metrics in algo.fitter(
         dataset,
         n_steps=settings["updates"],
         n_steps_per_epoch=settings["evaluate_every"],
@@ -82,15 +84,23 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
         buffer = getattr(algo, "c4_buffer", None)
         report = None if buffer is None else buffer.last_report
         curves["cluster_sizes"].append(None if report is None else report.sizes)
+        if settings["base"].startswith("active"):
+            for quantity in ("temperature", "log_likelihood"):
+                curves.setdefault(quantity, []).append(metrics[quantity])
+            target = algo.impl.modules.temperature.target
         began = time.process_time()
 
-    largest_return = largest_discounted_return(data)
+    rewards = data.rewards.numpy()
+    if algo.reward_scaler is not None:
+        rewards = algo.reward_scaler.transform_numpy(rewards)
+    largest_return = largest_discounted_return(rewards.tolist(), (data.terminals + data.timeouts).tolist())
     return {
         **settings,
         "change": dataclasses.asdict(ARMS[settings["arm"]]),
         **curves,
         "score": sum(curves["scores"][-5:]) / len(curves["scores"][-5:]),
         "largest_return": largest_return,
+        **({} if target is None else {"likelihood_target": target}),
         "diverged": max(curves["mean_q"]) > DIVERGED * largest_return,
         "training_seconds": training_seconds,
         "onednn": onednn,
@@ -111,21 +121,32 @@ def commit() -> str | None:
 
 def make_algorithm(d3rlpy: Any, dataset: Any, settings: dict[str, Any]) -> Any:
     """The base algorithm, scalers fitted and networks built, with the arm's change."""
-    from c4buffer.integrations.d3rlpy import C4Config
+    from c4buffer.integrations.d3rlpy import ACTIVEConfig, C4Config
 
     arm = ARMS[settings["arm"]]
     options = {}
     if arm.layer_norm:
         encoder = d3rlpy.models.encoders.VectorEncoderFactory([256, 256], use_layer_norm=True)
         options["critic_encoder_factory"] = encoder
-    bases = {"td3_plus_bc": d3rlpy.algos.TD3PlusBCConfig}
     scaler = d3rlpy.preprocessing.StandardObservationScaler()
-    config = bases[settings["base"]](observation_scaler=scaler, **options)
+    if settings["base"] != "td3_plus_bc":  # rewards as IQL's and SQL's authors scale MuJoCo's: by the span of returns
+        options["reward_scaler"] = d3rlpy.preprocessing.ReturnBasedRewardScaler(multiplier=1000.0)
+    bases = {
+        "td3_plus_bc": d3rlpy.algos.TD3PlusBCConfig,
+        "iql": d3rlpy.algos.IQLConfig,
+        "active_i": functools.partial(ACTIVEConfig, value_loss="expectile"),
+        "active_s": functools.partial(ACTIVEConfig, value_loss="sparse"),
+    }
+    config = bases[settings["base"]](observation_scaler=scaler, **options, **arm.active)
     if arm.c4 is not None:
         config = C4Config(base=config, seed=settings["seed"], **arm.c4)
     algo = config.create("cpu")
-    scaler.fit_with_transition_picker(dataset.episodes, dataset.transition_picker)
+    for each in (algo.observation_scaler, algo.reward_scaler):
+        if each is not None:
+            each.fit_with_transition_picker(dataset.episodes, dataset.transition_picker)
     algo.build_with_dataset(dataset)
+    if arm.target:
+        algo.estimate_likelihood_target(dataset, **arm.target)
     if arm.random_partition:
         algo.c4_clusterer = random_partition(config.n_clusters, settings["seed"])
     if arm.gradient_norm:
@@ -139,11 +160,10 @@ def make_algorithm(d3rlpy: Any, dataset: Any, settings: dict[str, Any]) -> Any:
     return algo
 
 
-def largest_discounted_return(data: Any, gamma: float = 0.99) -> float:
+def largest_discounted_return(rewards: list[float], ends: list[float], gamma: float = 0.99) -> float:
     """Of all the rows of the data, to their episode's end."""
     best, value = 0.0, 0.0
-    ends = (data.terminals + data.timeouts).tolist()
-    for reward, last in zip(reversed(data.rewards.tolist()), reversed(ends)):
+    for reward, last in zip(reversed(rewards), reversed(ends)):
         value = reward + (0.0 if last else gamma * value)
         best = max(best, value)
     return best

@@ -115,14 +115,26 @@ class ACTIVE(QLearningAlgoBase["ACTIVEImpl", ACTIVEConfig]):
     def get_action_type(self) -> ActionSpace:
         return ActionSpace.CONTINUOUS
 
+    def estimate_likelihood_target(self, dataset: Any, **options: Any) -> float:
+        """H_D from a dataset, for this algorithm's density and scalers; beta follows it from now on.
+
+        Args:
+            dataset: d3rlpy's ReplayBuffer; networks must be built, and scalers fitted, as `fit` does.
+            options: those of `estimate_log_likelihood_target`.
+        """
+        if self._impl is None:
+            fail("algo", "a built algorithm (call build_with_dataset or fit first)", "one without networks")
+        shape, size = self._impl.observation_shape, self._impl.action_size
+        found = estimate_log_likelihood_target(
+            transitions_of(dataset, self), lambda: _Density(self._new_policy(shape, size, False)), **options
+        )
+        self._impl.modules.temperature.target = found
+        return found
+
     def _know_target(self, dataset: Any) -> None:
         assert self._impl is not None
-        temperature = self._impl.modules.temperature
-        if self._config.likelihood_target == "auto" and temperature.target is None:
-            shape, size = self._impl.observation_shape, self._impl.action_size
-            temperature.target = estimate_log_likelihood_target(
-                transitions_of(dataset, self), lambda: _Density(self._new_policy(shape, size, False))
-            )
+        if self._config.likelihood_target == "auto" and self._impl.modules.temperature.target is None:
+            self.estimate_likelihood_target(dataset)
 
     def _new_policy(self, observation_shape: Any, action_size: int, ddp: bool) -> Any:
         return create_normal_policy(
@@ -167,6 +179,8 @@ class ACTIVEImpl(DDPGBaseImpl):
         super().__init__(**options)
         self._modules.targ_q_funcs.requires_grad_(False)  # the policy's loss goes through them, to the action only
         self._config = config
+        self._compiled: bool = options["compiled"]
+        self._known_q: tuple[Tensor, Tensor] | None = None
         self._advantage = VEnsembleAdvantage(
             quantile=config.quantile, temperature=config.temperature, max_weight=config.max_weight
         )
@@ -207,6 +221,11 @@ class ACTIVEImpl(DDPGBaseImpl):
         loss = cloning_policy_loss(q, log_prob, weights, self._modules.temperature.beta)
         return ACTIVEActorLoss(actor_loss=loss, log_likelihood=log_prob.detach().mean())
 
+    def update_critic_target(self) -> None:
+        """The moving average, after which Q is another."""
+        super().update_critic_target()
+        self._known_q = None
+
     def update_actor(self, batch: TorchMiniBatch) -> dict[str, float]:
         """A step of the policy, then one of beta, which no captured graph may hold."""
         self._modules.q_funcs.eval()
@@ -222,8 +241,14 @@ class ACTIVEImpl(DDPGBaseImpl):
         return action
 
     def _q_of_data(self, batch: TorchMiniBatch) -> Tensor:
+        """Q(s, a) of the data; of one update's batch, which the critic's loss and the policy's ask for, once."""
+        if self._known_q is not None and self._known_q[0] is batch.rewards:
+            return self._known_q[1]
         with torch.no_grad():
-            return self._min_target_q(batch.observations, batch.actions)
+            q = self._min_target_q(batch.observations, batch.actions)
+        if not self._compiled:  # what is captured keeps nothing
+            self._known_q = batch.rewards, q
+        return q
 
     def _min_target_q(self, observations: Any, actions: Tensor) -> Tensor:
         q: Tensor = self._targ_q_func_forwarder.compute_expected_q(observations, actions, "min")

@@ -1,0 +1,327 @@
+"""ACTIVE in d3rlpy: its losses on the host's networks, IQL as a special case, and what the host offers."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import d3rlpy
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from c4buffer.integrations.d3rlpy import ACTIVEConfig, C4Config, critics_of
+from c4buffer.integrations.d3rlpy.dataset import from_mini_batch
+from d3rlpy.algos import IQLConfig
+from d3rlpy.logging import FileAdapterFactory, NoopAdapterFactory
+from d3rlpy.models.encoders import VectorEncoderFactory
+from d3rlpy.preprocessing import MinMaxActionScaler, StandardObservationScaler
+from torch import nn
+
+from c4buffer import CovariancePenalty, VEnsemble
+
+from .test_d3rlpy import (
+    SMALL,
+    assert_same_state,
+    built,
+    dataset_of,
+    drawn,
+    episodes,
+    mini_batch,
+    small,
+    torch_batch_of,
+    transitions_of_rows,
+)
+from .test_d3rlpy_host import image_episodes, pixel_config
+
+__all__ = ["drawn"]  # a fixture
+QUIET: dict[str, Any] = {"show_progress": False, "logger_adapter": NoopAdapterFactory()}
+FIXED: dict[str, Any] = {"likelihood_target": -1.0}
+
+
+def active(**fields: Any) -> Any:
+    return small(ACTIVEConfig, **{**FIXED, **fields})
+
+
+def test_without_what_active_adds_it_is_iql_step_by_step() -> None:
+    dataset = dataset_of(episodes())
+    iql = built(small(IQLConfig, expectile=0.8, weight_temp=2.0, max_weight=20.0), dataset)
+    same = built(
+        active(n_members=1, q_weight=0.0, likelihood_target=None, tau=0.8, temperature=0.5, max_weight=20.0), dataset
+    )
+    for name in ("policy", "q_funcs", "targ_q_funcs"):
+        getattr(same.impl.modules, name).load_state_dict(getattr(iql.impl.modules, name).state_dict())
+    value, ensemble = iql.impl.modules.value_func, same.impl.modules.value_funcs
+    linears = [module for module in value.modules() if isinstance(module, nn.Linear)]
+
+    def pairs() -> Any:
+        for linear, weight, bias in zip(linears, ensemble.weights, ensemble.biases):
+            yield linear.weight.data.T, weight.data[0]
+            yield linear.bias.data, bias.data[0, 0]
+
+    for theirs, ours in pairs():
+        ours.copy_(theirs)
+    for i in range(20):
+        batch = mini_batch(dataset, np.random.default_rng(i).integers(100, size=16))
+        theirs, ours = iql.update(batch), same.update(batch)
+        for name in ("critic_loss", "q_loss", "v_loss", "actor_loss"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6)
+    for name in ("policy", "q_funcs", "targ_q_funcs"):
+        for one, other in zip(
+            getattr(iql.impl.modules, name).parameters(), getattr(same.impl.modules, name).parameters()
+        ):
+            torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
+    for theirs, ours in pairs():
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert same.impl.modules.temperature.beta.item() == 1
+
+
+@pytest.mark.parametrize("value_loss", ["expectile", "sparse"])
+def test_the_losses_are_the_papers_equations(value_loss: str) -> None:
+    dataset = dataset_of(episodes())
+    algo = built(
+        active(
+            value_loss=value_loss, n_members=3, tau=0.8, alpha=0.6, quantile=0.25, temperature=0.7, initial_beta=0.4
+        ),
+        dataset,
+    )
+    impl, batch = algo.impl, torch_batch_of(mini_batch(dataset, range(40, 60)))  # with terminals
+    modules = impl.modules
+    v, v_next = (modules.value_funcs(part).detach().numpy() for part in (batch.observations, batch.next_observations))
+    with torch.no_grad():
+        members = [q(batch.observations, batch.actions).q_value[:, 0].numpy() for q in modules.q_funcs]
+        target_q = np.min(
+            [q(batch.observations, batch.actions).q_value[:, 0].numpy() for q in modules.targ_q_funcs], axis=0
+        )
+    y = batch.rewards[:, 0].numpy() + 0.99 * (1 - batch.terminals[:, 0].numpy()) * v_next.min(axis=0)
+    q_loss = sum(((q - y) ** 2).mean() for q in members)  # Eq. 4
+    u = target_q - v
+    if value_loss == "expectile":
+        v_loss = (np.where(u < 0, 0.2, 0.8) * u**2).mean()  # Eq. 3
+    else:
+        x = u / 1.2 + 1
+        v_loss = (np.maximum(x, 0) ** 2 + v / 0.6).mean()
+    loss = impl.compute_critic_loss(batch, impl.compute_target(batch))
+    assert loss.q_loss.item() == pytest.approx(q_loss, rel=1e-5)
+    assert loss.v_loss.item() == pytest.approx(v_loss, rel=1e-5)
+    assert loss.critic_loss.item() == pytest.approx(q_loss + v_loss, rel=1e-5)
+
+    torch.manual_seed(3)
+    found = impl.compute_actor_loss(batch, modules.policy(batch.observations))
+    torch.manual_seed(3)
+    action = modules.policy(batch.observations)
+    mean, std = action.squashed_mu.detach(), action.logstd.exp().detach()
+    density = torch.distributions.Normal(mean, std)
+    log_prob = density.log_prob(batch.actions).sum(dim=1).numpy()
+    taken = (mean + std * torch.randn_like(mean)).clamp(-1, 1)
+    with torch.no_grad():
+        q = np.min([q(batch.observations, taken).q_value[:, 0].numpy() for q in modules.targ_q_funcs], axis=0)
+    weights = np.minimum(np.exp((target_q - np.quantile(v, 0.25, axis=0)) / 0.7), 100)  # Eq. 7
+    expected = -q.mean() - 0.4 * (weights * log_prob).mean()  # Eq. 13
+    assert found.actor_loss.item() == pytest.approx(expected, rel=1e-4)
+    assert found.log_likelihood.item() == pytest.approx(log_prob.mean(), rel=1e-5)
+
+
+def test_gradients_stop_where_they_should() -> None:
+    dataset = dataset_of(episodes())
+    algo = built(active(), dataset)
+    impl, batch = algo.impl, torch_batch_of(mini_batch(dataset, range(20)))
+    modules = impl.modules
+    impl.compute_critic_loss(batch, impl.compute_target(batch)).critic_loss.backward()
+    for name, moved in (("q_funcs", True), ("value_funcs", True), ("targ_q_funcs", False), ("policy", False)):
+        gradients = [parameter.grad is not None for parameter in getattr(modules, name).parameters()]
+        assert all(gradients) if moved else not any(gradients), name
+    for optimizer in (modules.critic_optim, modules.actor_optim):
+        optimizer.optim.zero_grad(set_to_none=True)
+    impl.compute_actor_loss(batch, modules.policy(batch.observations)).actor_loss.backward()
+    for name in ("q_funcs", "value_funcs", "targ_q_funcs", "temperature"):
+        assert not any(parameter.grad is not None for parameter in getattr(modules, name).parameters()), name
+    assert all(parameter.grad is not None for parameter in modules.policy.parameters())
+
+
+def test_beta_moves_after_each_update_by_the_policys_likelihood() -> None:
+    dataset = dataset_of(episodes())
+    algo = built(active(likelihood_target=3.0, beta_learning_rate=0.1, initial_beta=1.0), dataset)
+    metrics = algo.update(mini_batch(dataset, range(16)))
+    assert metrics["temperature"] == pytest.approx(1 + 0.1 * (3 - metrics["log_likelihood"]), rel=1e-5)
+    fixed = built(active(likelihood_target=None, initial_beta=0.7), dataset)
+    assert fixed.update(mini_batch(dataset, range(16)))["temperature"] == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("value_loss", ["expectile", "sparse"])
+def test_fit_estimates_the_target_once_and_saves_it(value_loss: str, tmp_path: Path, monkeypatch: Any) -> None:
+    from c4buffer.integrations.d3rlpy import active as module
+
+    calls: list[Any] = []
+
+    def estimate(*arguments: Any, **options: Any) -> float:
+        calls.append(arguments)
+        return real(*arguments, updates=20, **options)
+
+    real = module.estimate_log_likelihood_target
+    monkeypatch.setattr(module, "estimate_log_likelihood_target", estimate)
+    dataset = dataset_of(episodes(10))
+    config = small(
+        ACTIVEConfig,
+        value_loss=value_loss,
+        observation_scaler=StandardObservationScaler(),
+        action_scaler=MinMaxActionScaler(),
+    )
+    algo = config.create()
+    results = algo.fit(dataset, n_steps=6, n_steps_per_epoch=3, **QUIET)
+    assert len(calls) == 1
+    scaled = calls[0][0]
+    assert scaled.observations.mean(dim=0).abs().max() < 0.1
+    assert scaled.actions.max() == 1
+    metrics = results[-1][1]
+    assert {"critic_loss", "q_loss", "v_loss", "actor_loss", "log_likelihood", "temperature"} <= set(metrics)
+    assert all(map(math.isfinite, metrics.values()))
+    target = algo.impl.modules.temperature.target
+    assert target is not None
+
+    algo.save(str(tmp_path / "active.d3"))
+    loaded = d3rlpy.load_learnable(str(tmp_path / "active.d3"))
+    assert type(loaded) is type(algo)
+    assert json.loads(loaded.config.serialize()) == json.loads(algo.config.serialize())
+    assert loaded.impl.modules.temperature.target == target
+    assert_same_state(algo, loaded)
+    observations = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
+    np.testing.assert_array_equal(algo.predict(observations), loaded.predict(observations))
+    loaded.fit(dataset, n_steps=3, n_steps_per_epoch=3, **QUIET)
+    assert len(calls) == 1  # what is known is not estimated again
+    found = loaded.estimate_likelihood_target(dataset, method="quantile", quantile=0.1)
+    assert loaded.impl.modules.temperature.target == found
+
+
+def test_params_json_makes_the_same_algorithm_again(tmp_path: Path) -> None:
+    algo = active(value_loss="sparse", n_members=2, quantile=0.1, max_beta=5.0).create()
+    factory = FileAdapterFactory(root_dir=str(tmp_path))
+    options = {"experiment_name": "run", "with_timestamp": False, "show_progress": False, "logger_adapter": factory}
+    algo.fit(dataset_of(episodes()), n_steps=2, n_steps_per_epoch=2, **options)
+    again = type(algo).from_json(str(tmp_path / "run" / "params.json"))
+    assert again.config == algo.config
+    assert again.config.likelihood_target == -1.0
+    assert (tmp_path / "run" / "temperature.csv").exists()
+
+
+@pytest.mark.parametrize("fields", [{}, {"n_clusters": 1, "penalty_weight": 0}])
+def test_c4_and_active_compose(fields: dict[str, Any], tmp_path: Path, drawn: list[Any]) -> None:
+    dataset = dataset_of(episodes(10))
+    config = C4Config(base=active(), refresh_interval=4, penalty_every=1, seed=0, **fields)
+    algo = built(config, dataset)
+    plain = built(active(), dataset)
+    d3rlpy.seed(1)
+    algo.fit(dataset, n_steps=8, n_steps_per_epoch=8, **QUIET)
+    algo.save(str(tmp_path / "both.d3"))
+    assert_same_state(algo, d3rlpy.load_learnable(str(tmp_path / "both.d3")))
+    if fields:
+        d3rlpy.seed(1)
+        for batch in drawn:
+            plain.update(mini_batch(dataset, batch.indices))
+        assert_same_state(plain, algo)
+    else:
+        assert {batch.cluster for batch in drawn} <= {0, 1, 2}
+        assert algo.c4_buffer.last_report is not None
+
+
+def test_the_penalty_in_active_is_its_own_gradient() -> None:
+    dataset = dataset_of(episodes())
+    plain = built(active(), dataset)
+    wrapped = built(C4Config(base=active(), penalty_weight=0.7, penalty_every=1), dataset)
+    before, batch = copy.deepcopy(plain), mini_batch(dataset, range(40, 60))
+    gradients = []
+    for algo in (plain, wrapped):
+        algo.impl.q_function.zero_grad()
+        if algo is wrapped:
+            algo.impl._c4_due = True
+        host = torch_batch_of(batch)
+        algo.impl.compute_critic_loss(host, algo.impl.compute_target(host)).critic_loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in algo.impl.q_function.parameters()])
+    penalty = CovariancePenalty(0.7, scale="relative")(critics_of(before), from_mini_batch(torch_batch_of(batch)))
+    added = torch.autograd.grad(penalty, list(before.impl.q_function.parameters()), allow_unused=True)
+    for without, with_it, extra in zip(*gradients, added):
+        expected = without if extra is None else without + extra
+        torch.testing.assert_close(with_it, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_members_of_other_networks_are_computed_one_by_one() -> None:
+    dataset = dataset_of(episodes())
+    other = VectorEncoderFactory([16, 16], activation="tanh")
+    algo = built(active(value_encoder_factory=other, n_members=3), dataset)
+    assert not isinstance(algo.impl.modules.value_funcs, VEnsemble)
+    assert algo.impl.modules.value_funcs(torch.zeros(5, 3)).shape == (3, 5)
+    algo.update(mini_batch(dataset, range(16)))
+    assert isinstance(built(active(value_encoder_factory=SMALL), dataset).impl.modules.value_funcs, VEnsemble)
+    pixels = dataset_of(image_episodes(discrete=False))
+    image = built(pixel_config(ACTIVEConfig, **FIXED), pixels)
+    image.fit(pixels, n_steps=2, n_steps_per_epoch=2, **QUIET)
+
+
+def test_online_training_needs_a_target() -> None:
+    env = gymnasium.make("Pendulum-v1")
+    with pytest.raises(ValueError, match="likelihood_target: expected a number, or a fit before fit_online"):
+        small(ACTIVEConfig).create().fit_online(env, n_steps=5)
+    algo = active().create()
+    algo.fit_online(env, n_steps=40, n_steps_per_epoch=40, **QUIET)
+    assert algo.grad_step > 10
+    with pytest.raises(ValueError, match="algo: expected a built algorithm"):
+        active().create().estimate_likelihood_target(dataset_of(episodes()))
+
+
+def test_actions_at_the_edge_of_the_box_have_a_finite_likelihood() -> None:
+    parts = episodes()
+    for part in parts:
+        part.actions[::2] = np.sign(part.actions[::2])
+    dataset = dataset_of(parts)
+    algo = built(active(), dataset)
+    metrics = algo.update(mini_batch(dataset, range(16)))
+    assert all(map(math.isfinite, metrics.values()))
+    assert transitions_of_rows(dataset).actions.abs().max() == 1
+
+
+def test_a_target_out_of_reach_is_warned_of() -> None:
+    dataset = dataset_of(episodes())
+    algo = built(active(likelihood_target=50.0, beta_learning_rate=1.0, max_beta=2.0), dataset)
+    batch = mini_batch(dataset, range(16))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(900):
+            algo.update(batch)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(150):
+            algo.update(batch)
+    assert [str(warning.message)[:31] for warning in caught] == ["beta has been at its maximum, 2"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n_members": 0}, "n_members: expected an integer of at least 1, got 0"),
+        ({"tau": 1.0}, "tau: expected a number above 0 and below 1, got 1.0"),
+        ({"tau": 0.0}, "tau: expected a finite number above 0, got 0.0"),
+        ({"eta": 1.5}, "eta: expected a number above 0 and at most 1, got 1.5"),
+        ({"alpha": 0.0}, "alpha: expected a finite number above 0"),
+        ({"quantile": 1.2}, "quantile: expected a number from 0 to 1"),
+        ({"temperature": 0.0}, "temperature: expected a finite number above 0"),
+        ({"value_loss": "huber"}, "value_loss: expected one of 'expectile', 'sparse', got 'huber'"),
+        ({"likelihood_target": "high"}, "likelihood_target: expected one of 'auto', got 'high'"),
+        ({"likelihood_target": math.nan}, "target: expected a finite number or None, got nan"),
+        ({"initial_beta": -1.0}, "initial: expected a finite number at least 0"),
+        ({"initial_beta": 3.0, "max_beta": 2.0}, "initial: expected at most maximum"),
+        ({"q_weight": -1.0}, "q_weight: expected a finite number at least 0"),
+        ({"n_critics": 0}, "n_critics: expected an integer of at least 1"),
+    ],
+)
+def test_wrong_fields_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ACTIVEConfig(**fields)
+
+
+def test_discrete_actions_are_refused_with_a_reason() -> None:
+    with pytest.raises(AssertionError, match="not compatible with the algorithm. Please use discrete"):  # d3rlpy's own
+        active().create().fit(dataset_of(episodes(discrete=True)), n_steps=2, **QUIET)
