@@ -34,6 +34,11 @@ def test_the_custom_loop_runs_with_c4_and_without_its_three_lines(tmp_path: Path
     assert "mean return in Hopper-v5" in run(str(plain), "4")
 
 
+def test_the_custom_loop_of_active_runs() -> None:
+    assert len((ROOT / "examples" / "active_custom_loop.py").read_text().splitlines()) < 130
+    assert "mean return in Hopper-v5" in run("examples/active_custom_loop.py", "4")
+
+
 def test_the_readmes_first_program_runs_as_printed_but_for_its_length(tmp_path: Path) -> None:
     program, wrapping, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     assert len(program.strip().splitlines()) <= 14
@@ -53,7 +58,7 @@ def test_the_quickstart_prints_its_table_and_writes_its_pictures(tmp_path: Path)
         assert (tmp_path / name).stat().st_size > 20_000
 
 
-@pytest.mark.parametrize("script", ["quickstart.py", "custom_loop.py"])
+@pytest.mark.parametrize("script", ["quickstart.py", "custom_loop.py", "active_custom_loop.py"])
 def test_no_example_depends_on_anything_outside_the_project(script: str) -> None:
     text = (ROOT / "examples" / script).read_text()
     assert ".." not in re.sub(r"\.\.\.", "", text)

@@ -187,3 +187,17 @@ def test_every_arm_of_every_grid_is_defined(arms: Any) -> None:
     for grid in arms.GRIDS.values():
         assert set(grid.arms) <= set(arms.ARMS)
         assert set(grid.beside) <= set(arms.GRIDS)
+
+
+def test_base_algorithms_are_compared_as_arms_are(report: Any) -> None:
+    records = [
+        {"dataset": "a", "base": base, "arm": "plain", "seed": seed, "score": score, "diverged": False}
+        for base, scores in (("iql", (10, 20)), ("active_i", (15, 40)))
+        for seed, score in enumerate(scores)
+    ]
+    together = report.of_bases(records)
+    assert report.paired_differences(together, "active_i", "iql")[0].tolist() == [5, 20]
+    assert report.probability_of_improvement(together, "active_i", "iql") == 0.75
+    lines = report.table(together, ["iql", "active_i"], "iql")
+    assert "difference to iql" in lines[0]
+    assert lines[3].startswith("| active_i | 15 / 40 | +12.5 (2 pairs)")

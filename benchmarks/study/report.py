@@ -55,35 +55,40 @@ def interval(strata: Sequence[np.ndarray], statistic: Any = interquartile_mean) 
     return float(found.low), float(found.high)
 
 
-def paired_differences(records: list[dict[str, Any]], arm: str) -> list[np.ndarray]:
+def paired_differences(records: list[dict[str, Any]], arm: str, baseline: str = BASELINE) -> list[np.ndarray]:
     """Score of the arm minus the baseline's of the same seed: one array a dataset."""
     scores = {(r["dataset"], r["base"], r["seed"], r["arm"]): r["score"] for r in records}
     strata: dict[tuple[str, str], list[float]] = {}
     for (dataset, base, seed, name), score in scores.items():
-        plain = scores.get((dataset, base, seed, BASELINE))
+        plain = scores.get((dataset, base, seed, baseline))
         if name == arm and plain is not None:
             strata.setdefault((dataset, base), []).append(score - plain)
     return [np.array(values) for values in strata.values()]
 
 
-def probability_of_improvement(records: list[dict[str, Any]], arm: str) -> float:
+def probability_of_improvement(records: list[dict[str, Any]], arm: str, baseline: str = BASELINE) -> float:
     """That a run of the arm scores better than a run of the baseline on the same dataset, ties counting half."""
     parts = []
     for dataset in sorted({record["dataset"] for record in records}):
         here = [record for record in records if record["dataset"] == dataset]
         mine = np.array([record["score"] for record in here if record["arm"] == arm])
-        plain = np.array([record["score"] for record in here if record["arm"] == BASELINE])
+        plain = np.array([record["score"] for record in here if record["arm"] == baseline])
         if len(mine) and len(plain):
             difference = mine[:, None] - plain[None, :]
             parts.append(np.mean((difference > 0) + 0.5 * (difference == 0)))
     return float(np.mean(parts)) if parts else float("nan")
 
 
-def table(records: list[dict[str, Any]], arms: Sequence[str]) -> list[str]:
+def of_bases(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same runs with base algorithms in the place of arms, to be compared with each other."""
+    return [{**record, "arm": record["base"], "base": ""} for record in records]
+
+
+def table(records: list[dict[str, Any]], arms: Sequence[str], baseline: str = BASELINE) -> list[str]:
     """Markdown rows: scores by dataset, and what is paired with the baseline."""
     datasets = sorted({record["dataset"] for record in records})
     lines = [
-        "| arm | " + " | ".join(datasets) + " | difference to plain (IQM) | 95% | P(better) | diverged |",
+        "| arm | " + " | ".join(datasets) + f" | difference to {baseline} (IQM) | 95% | P(better) | diverged |",
         "| --- |" + " --- |" * (len(datasets) + 4),
     ]
     for arm in arms:
@@ -94,8 +99,8 @@ def table(records: list[dict[str, Any]], arms: Sequence[str]) -> list[str]:
         for dataset in datasets:
             scores = [f"{r['score']:.0f}" for r in sorted(mine, key=lambda r: r["seed"]) if r["dataset"] == dataset]
             cells.append(" / ".join(scores) or "not run")
-        strata = paired_differences(records, arm)
-        if arm == BASELINE or not strata:
+        strata = paired_differences(records, arm, baseline)
+        if arm == baseline or not strata:
             cells += ["", "", ""]
         else:
             low, high = interval(strata)
@@ -103,7 +108,7 @@ def table(records: list[dict[str, Any]], arms: Sequence[str]) -> list[str]:
             cells += [
                 f"{interquartile_mean(together):+.1f} ({len(together)} pairs)",
                 f"{low:+.1f} to {high:+.1f}",
-                f"{probability_of_improvement(records, arm):.2f}",
+                f"{probability_of_improvement(records, arm, baseline):.2f}",
             ]
         cells.append(f"{sum(record['diverged'] for record in mine)} of {len(mine)}")
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
@@ -172,7 +177,11 @@ def main() -> None:
             for record in finished_runs(arguments.results / f"{other}.jsonl")
             if (record["updates"], record["episodes"]) == (grid.updates, grid.episodes)
             and record["dataset"] in grid.datasets
+            and record["base"] in grid.bases
         ]
+    baseline = BASELINE
+    if len(grid.bases) > 1:
+        records, arms, baseline = of_bases(records), list(grid.bases), grid.bases[0]
     wanted = len(grid.datasets) * len(grid.bases) * len(grid.arms) * len(grid.seeds)
     lines = [
         f"# Study `{arguments.grid}`: {own} of {wanted} runs",
@@ -180,7 +189,7 @@ def main() -> None:
         f"{grid.updates:,} updates, evaluated every {grid.evaluate_every:,} on {grid.episodes} episodes; a run's score "
         "is the mean of its last five evaluations, seeds side by side. Made by `report.py` from the results file.",
         "",
-        *table(records, arms),
+        *table(records, arms, baseline),
     ]
     (arguments.results / f"{arguments.grid}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
