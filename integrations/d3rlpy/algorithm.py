@@ -49,7 +49,7 @@ from .config import C4Config
 from .dataset import from_mini_batch
 from .graphs import capture_twice
 from .reading import critics_of_impl, is_discrete
-from .sharing import can_be_shared, differentiable, values_kept
+from .sharing import can_be_shared, values_kept
 
 CONTINUOUS = (
     DDPG,
@@ -273,11 +273,10 @@ class C4Impl(QLearningAlgoImplBase):
             return compute(batch, q_tpn)
         options: dict[str, Any] = {}
         if self._c4_shares and isinstance(self.c4_penalty, CovariancePenalty) and self.c4_penalty.kind == "gradient":
-            batch = differentiable(batch)
-            with values_kept(self.modules.q_funcs, batch) as values:
+            with values_kept(self.modules.q_funcs, batch) as (copies, values):
                 loss = compute(batch, q_tpn)
             if len(values) == len(self.modules.q_funcs):
-                options["values"] = values
+                batch, options["values"] = copies, values
         else:
             loss = compute(batch, q_tpn)
         penalty = self.c4_penalty(self.c4_critics, from_mini_batch(batch, discrete=self._c4_discrete), **options)

@@ -23,7 +23,40 @@ def can_be_shared(q_functions: Any) -> bool:
     )
 
 
-def differentiable(batch: TorchMiniBatch) -> TorchMiniBatch:
+@contextmanager
+def values_kept(q_functions: Any, batch: TorchMiniBatch) -> Iterator[tuple[TorchMiniBatch, list[Tensor]]]:
+    """The batch with inputs to differentiate by, and each Q-function's values there, in their order.
+
+    While this lasts, the first call of each Q-function with the batch's own observations and actions is given copies
+    that require gradients; everything else that a loss computes goes on without them. The values come at the end, one
+    for each Q-function that was called so.
+    """
+    copies = _differentiable(batch)
+    found: dict[int, Tensor] = {}
+    called: set[int] = set()
+    values: list[Tensor] = []
+
+    def lend(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if id(module) in called or inputs[0] is not batch.observations or inputs[1] is not batch.actions:
+            return None
+        called.add(id(module))
+        return copies.observations, copies.actions
+
+    def keep(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if inputs[0] is copies.observations:
+            found[id(module)] = output.q_value
+
+    handles = [q.register_forward_pre_hook(lend) for q in q_functions]
+    handles += [q.register_forward_hook(keep) for q in q_functions]
+    try:
+        yield copies, values
+    finally:
+        for handle in handles:
+            handle.remove()
+        values.extend(found[id(q)] for q in q_functions if id(q) in found)
+
+
+def _differentiable(batch: TorchMiniBatch) -> TorchMiniBatch:
     """The batch with observations and actions that require gradients."""
     parts = batch.observations if isinstance(batch.observations, (list, tuple)) else [batch.observations]
     leaves = [part.detach().requires_grad_() for part in parts]
@@ -32,22 +65,3 @@ def differentiable(batch: TorchMiniBatch) -> TorchMiniBatch:
         observations=leaves if isinstance(batch.observations, (list, tuple)) else leaves[0],
         actions=batch.actions.detach().requires_grad_(),
     )
-
-
-@contextmanager
-def values_kept(q_functions: Any, batch: TorchMiniBatch) -> Iterator[list[Tensor]]:
-    """Collects each Q-function's first values at the batch's own observations and actions, in their order."""
-    found: dict[int, Tensor] = {}
-    values: list[Tensor] = []
-
-    def keep(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if inputs[0] is batch.observations and inputs[1] is batch.actions:
-            found.setdefault(id(module), output.q_value)
-
-    handles = [q.register_forward_hook(keep) for q in q_functions]
-    try:
-        yield values
-    finally:
-        for handle in handles:
-            handle.remove()
-        values.extend(found[id(q)] for q in q_functions if id(q) in found)
