@@ -36,6 +36,14 @@ def check_number(argument: str, value: object, *, minimum: float, exclusive: boo
     return number
 
 
+def check_fraction(argument: str, value: object, *, open_ends: bool = False) -> float:
+    """The value as a float, when it is from 0 to 1; neither 0 nor 1 with `open_ends`."""
+    number = check_number(argument, value, minimum=0, exclusive=open_ends)
+    if number > 1 or (open_ends and number == 1):
+        fail(argument, "a number above 0 and below 1" if open_ends else "a number from 0 to 1", repr(value))
+    return number
+
+
 def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
     """One of the names in `choices`."""
     if value not in choices:

@@ -17,7 +17,7 @@ from typing import Any, Literal, Union
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, check_integer, check_number, fail
+from ._checks import check_choice, check_fraction, check_integer, fail
 from .checkpoint import load, save
 from .clustering import Clusterer, MixtureClusterer, ranks_of_means
 from .critics import Critics
@@ -122,8 +122,7 @@ class ClusteredReplayBuffer:
         if trajectory_tail and not replacement:
             fail("trajectory_tail", "replacement=True, as a transition can be in several clusters", "replacement=False")
         check_integer("n_steps", n_steps, minimum=1)
-        if check_number("discount", discount, minimum=0) > 1:
-            fail("discount", "a number from 0 to 1", repr(discount))
+        check_fraction("discount", discount)
         check_integer("frame_stack", frame_stack, minimum=1)
         check_choice("storage", storage, ("memory", "pinned", "device", "memmap"))
         if storage == "pinned" and torch.device(device).type != "cuda":
@@ -338,7 +337,7 @@ class ClusteredReplayBuffer:
         if len(self) < self._fewest_rows:
             fail("n_clusters", f"at most the {len(self)} transitions held", self._fewest_rows)
         started = time.perf_counter()
-        embeddings = embed_rows(
+        embeddings, projected = embed_rows(
             self._embedding, critics, len(self), self._rows, device=self.device, max_dim=self._options["max_dim"]
         )
         previous = self._sampler.responsibilities if self._sampler.clustered else None
@@ -348,7 +347,7 @@ class ClusteredReplayBuffer:
         trajectories = None if self._trajectories is None else self._trajectories.of(len(self))
         self._sampler.assign(responsibilities, distances=ranks, trajectories=trajectories)
         norms = [float("nan")] * 3
-        if isinstance(self._embedding, str) and len(self) > 1:
+        if isinstance(self._embedding, str) and len(self) > 1 and not projected:
             pair = embeddings.chunk(2, dim=1)
             parts = decompose_cross_covariance(pair[0], pair[1], self._sampler.responsibilities.to(embeddings))
             norms = [float(torch.linalg.matrix_norm(part)) for part in parts]
@@ -385,7 +384,7 @@ class ClusteredReplayBuffer:
         check_rows("rows", rows, len(self))
         if len(rows) == 0:
             fail("rows", "at least one index", "none")
-        embeddings = embed_rows(
+        embeddings, _ = embed_rows(
             self._embedding,
             critics,
             len(rows),

@@ -30,8 +30,8 @@ def embed_rows(
     *,
     device: torch.device,
     max_dim: int,
-) -> Tensor:
-    """The embeddings [rows, E] of the transitions that `read(start, stop)` gives, on `device`.
+) -> tuple[Tensor, bool]:
+    """The embeddings [rows, E] of the transitions that `read(start, stop)` gives, on `device`; whether projected.
 
     Of more than 8,192 columns, `max_dim` are kept: of each half [g'] and [g], which stand for the same directions, the
     same Gaussian random directions.
@@ -51,7 +51,7 @@ def embed_rows(
         part = read(start, min(start + size, rows)).to(device)
         chunk = embed(critics, part)
         _check(chunk, len(part))
-        if chunk.shape[1] > WIDEST:
+        if chunk.shape[1] > max(WIDEST, max_dim):
             if directions is None:
                 directions = _directions(chunk.shape[1] // halves, max(1, max_dim // halves)).to(chunk)
             chunk = torch.cat([half @ directions for half in chunk.detach().chunk(halves, dim=1)], dim=1)
@@ -59,7 +59,7 @@ def embed_rows(
             embeddings = chunk.new_empty(rows, chunk.shape[1])
         embeddings[start : start + len(chunk)] = chunk.detach()
     assert embeddings is not None
-    return embeddings
+    return embeddings, directions is not None
 
 
 def _directions(columns: int, kept: int) -> Tensor:

@@ -27,7 +27,8 @@ class RefreshReport:
             to; NaN likewise.
         seconds: wall time of embedding, clustering and assigning.
         total, within, between: Frobenius norms of C = Cov(g', g) over all transitions, of E[C_Z] and of
-            Cov(mu'_Z, mu_Z) (Theorem 2). NaN for an embedding that is not a pair, and for a single transition.
+            Cov(mu'_Z, mu_Z) (Theorem 2). NaN for an embedding that is not a pair or was projected as it was read,
+            and for a single transition.
     """
 
     sizes: tuple[float, ...]

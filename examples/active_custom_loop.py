@@ -78,7 +78,8 @@ def train(data: Transitions, updates: int, batch_size: int = 256) -> Policy:
         density = policy(batch.observations)
         log_prob = density.log_prob(batch.actions).sum(dim=1)
         policy_q = least_q(target_q, batch.observations, density.rsample().clamp(-1, 1))
-        weights = advantage.weights(data_q, v(batch.observations))  # (7)
+        with torch.no_grad():
+            weights = advantage.weights(data_q, v(batch.observations))  # (7)
         policy_loss = cloning_policy_loss(policy_q, log_prob, weights, temperature.beta)  # (13)
         policy_optimizer.zero_grad()
         policy_loss.backward()

@@ -89,6 +89,15 @@ def test_likelihood_on_what_was_seen_does_not_count() -> None:
     assert found < ENTROPY
 
 
+def test_the_policy_is_judged_as_it_acts() -> None:
+    class Dropping(Gaussian):
+        def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
+            kept = 0.0 if self.training else 1.0
+            return kept * super().log_prob(observations, actions)
+
+    assert estimate_log_likelihood_target(data(100), Dropping, fraction=1.0, updates=2) < -1
+
+
 def test_global_random_numbers_are_left_as_they_are() -> None:
     state = torch.get_rng_state()
     estimate_log_likelihood_target(data(100), Gaussian, updates=3)

@@ -81,7 +81,11 @@ def probability_of_improvement(records: list[dict[str, Any]], arm: str, baseline
 
 def of_bases(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same runs with base algorithms in the place of arms, to be compared with each other."""
-    return [{**record, "arm": record["base"], "base": ""} for record in records]
+
+    def name(record: dict[str, Any]) -> str:
+        return record["base"] if record["arm"] == BASELINE else f"{record['base']}, {record['arm']}"
+
+    return [{**record, "arm": name(record), "base": ""} for record in records]
 
 
 def table(records: list[dict[str, Any]], arms: Sequence[str], baseline: str = BASELINE) -> list[str]:

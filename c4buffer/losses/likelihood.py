@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_integer, check_number, fail
+from .._checks import check_choice, check_fraction, check_integer, check_number, fail
 from ..transitions import Transitions
 
 EVALUATIONS = 20  # of the held-out likelihood while the policy is fitted
+CHUNK_ROWS = 1024  # judged at once: images are large
 
 
 def estimate_log_likelihood_target(
@@ -54,11 +55,9 @@ def estimate_log_likelihood_target(
         ValueError: for discrete actions, values outside their ranges, and a policy whose likelihoods are not finite.
     """
     check_choice("method", method, ("fraction", "quantile"))
-    for name, value in (("fraction", fraction), ("quantile", quantile)):
-        if check_number(name, value, minimum=0) > 1:
-            fail(name, "a number from 0 to 1", repr(value))
-    if check_number("held_out", held_out, minimum=0, exclusive=True) >= 1:
-        fail("held_out", "a number above 0 and below 1", repr(held_out))
+    check_fraction("fraction", fraction)
+    check_fraction("quantile", quantile)
+    check_fraction("held_out", held_out, open_ends=True)
     for name, count in (("updates", updates), ("batch_size", batch_size)):
         check_integer(name, count, minimum=1)
     check_number("learning_rate", learning_rate, minimum=0, exclusive=True)
@@ -91,22 +90,37 @@ def _held_out_likelihoods(
     order = torch.randperm(len(transitions), generator=generator)
     judged = max(1, min(len(order) - 1, round(held_out * len(order))))
     unseen, seen = transitions[order[:judged].to(device)], order[judged:]
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    graphics = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=graphics):
+        # not torch.manual_seed, which moves the generators of all devices, those that are not forked too
+        torch.default_generator.manual_seed(seed)
+        for each in graphics:
+            torch.cuda.default_generators[each.index or 0].manual_seed(seed)
         policy = make_policy()
         optimizer = torch.optim.Adam(policy.parameters(), lr=learning_rate)
         best: Tensor | None = None
         for update in range(updates + 1):
             if update % max(1, updates // EVALUATIONS) == 0 or update == updates:
-                with torch.no_grad():
-                    found = policy.log_prob(unseen.observations, unseen.actions).double().cpu()
+                found = _judged(policy, unseen)
                 if not bool(torch.isfinite(found).all()):
                     fail("make_policy", "a policy with finite log-likelihoods", f"{float(found.sum())} in all")
                 if best is None or found.mean() > best.mean():
                     best = found
+            if update == updates:
+                break
             rows = transitions[seen[torch.randint(len(seen), (batch_size,), generator=generator)].to(device)]
             optimizer.zero_grad()
             (-policy.log_prob(rows.observations, rows.actions).mean()).backward()
             optimizer.step()
     assert best is not None
     return best
+
+
+def _judged(policy: Any, transitions: Transitions) -> Tensor:
+    """log pi(a | s) of each row, float64, by the policy as it acts."""
+    policy.eval()
+    parts = [transitions[i : i + CHUNK_ROWS] for i in range(0, len(transitions), CHUNK_ROWS)]
+    with torch.no_grad():
+        found = [policy.log_prob(part.observations, part.actions).double().cpu() for part in parts]
+    policy.train()
+    return torch.cat(found)

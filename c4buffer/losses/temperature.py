@@ -106,9 +106,10 @@ class TemperatureController(nn.Module):
         return mean / ranks_in(self.process_group)
 
     def _known_target(self) -> float:
-        if self.target is None:
+        target = self.target
+        if target is None:
             fail("target", "H_D to be set before it is compared", "None")
-        return self.target
+        return target
 
     def _watch(self, mean: Tensor) -> None:
         assert self.maximum is not None

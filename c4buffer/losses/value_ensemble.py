@@ -10,7 +10,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_integer, check_number, fail, shape_of
+from .._checks import check_fraction, check_integer, check_number, fail, shape_of
 
 
 def expectile_value_loss(q: Tensor, v: Tensor, *, tau: float) -> Tensor:
@@ -26,7 +26,7 @@ def expectile_value_loss(q: Tensor, v: Tensor, *, tau: float) -> Tensor:
     Raises:
         ValueError: for shapes other than these, and for tau outside (0, 1).
     """
-    _check_fraction("tau", tau, open_ends=True)
+    check_fraction("tau", tau, open_ends=True)
     _check_values(q, v)
     u = q.detach() - v
     return ((tau - (u < 0).to(u)).abs() * u.square()).mean()
@@ -57,7 +57,7 @@ def ensemble_minimum(v: Tensor) -> Tensor:
 
 def ensemble_quantile(v: Tensor, *, quantile: float) -> Tensor:
     """E_c[V_i] of Eq. 7: the c-quantile over members, between neighbours linear, [m, B] -> [B]."""
-    _check_fraction("quantile", quantile)
+    check_fraction("quantile", quantile)
     _check_members(v)
     if len(v) == 1:
         return v[0]
@@ -117,7 +117,7 @@ class VEnsembleAdvantage:
     """
 
     def __init__(self, *, quantile: float, temperature: float = 1.0, max_weight: float = 100.0) -> None:
-        self.quantile = _check_fraction("quantile", quantile)
+        self.quantile = check_fraction("quantile", quantile)
         self.temperature = check_number("temperature", temperature, minimum=0, exclusive=True)
         self.max_weight = check_number("max_weight", max_weight, minimum=0, exclusive=True)
 
@@ -204,13 +204,6 @@ def _perceptron(
                 h = nn.functional.layer_norm(h, h.shape[-1:]) * scales[i] + shifts[i]
             h = h.relu_()
     return h.squeeze(-1)
-
-
-def _check_fraction(name: str, value: float, *, open_ends: bool = False) -> float:
-    number = check_number(name, value, minimum=0, exclusive=open_ends)
-    if number > 1 or (open_ends and number == 1):
-        fail(name, "a number above 0 and below 1" if open_ends else "a number from 0 to 1", repr(value))
-    return number
 
 
 def _check_members(v: Tensor) -> None:

@@ -15,6 +15,7 @@ from d3rlpy.algos.qlearning.torch.ddpg_impl import (
 )
 from d3rlpy.constants import ActionSpace
 from d3rlpy.dataclass_utils import asdict_as_float
+from d3rlpy.dataset import MixedReplayBuffer
 from d3rlpy.models.builders import create_continuous_q_function, create_normal_policy, create_value_function
 from d3rlpy.models.encoders import EncoderFactory
 from d3rlpy.models.q_functions import MeanQFunctionFactory
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from c4buffer import (
     TemperatureController,
+    Transitions,
     VEnsemble,
     VEnsembleAdvantage,
     cloning_policy_loss,
@@ -34,7 +36,7 @@ from c4buffer import (
 from c4buffer._checks import fail
 
 from .active_config import ACTIVEConfig
-from .dataset import transitions_of
+from .dataset import scaled_observations, stored_transitions_of
 
 DENSITY = {"min_logstd": -5.0, "max_logstd": 2.0, "use_std_parameter": True}  # of the policy, as IQL's in d3rlpy
 
@@ -119,17 +121,33 @@ class ACTIVE(QLearningAlgoBase["ACTIVEImpl", ACTIVEConfig]):
         """H_D from a dataset, for this algorithm's density and scalers; beta follows it from now on.
 
         Args:
-            dataset: d3rlpy's ReplayBuffer; networks must be built, and scalers fitted, as `fit` does.
+            dataset: d3rlpy's ReplayBuffer, or a MixedReplayBuffer, of which all rows count alike; networks must be
+                built, and scalers fitted, as `fit` does.
             options: those of `estimate_log_likelihood_target`.
         """
         if self._impl is None:
             fail("algo", "a built algorithm (call build_with_dataset or fit first)", "one without networks")
         shape, size = self._impl.observation_shape, self._impl.action_size
+        mixed = isinstance(dataset, MixedReplayBuffer)
+        parts = [dataset.primary_replay_buffer, dataset.secondary_replay_buffer] if mixed else [dataset]
         found = estimate_log_likelihood_target(
-            transitions_of(dataset, self), lambda: _Density(self._new_policy(shape, size, False)), **options
+            Transitions.concatenate([stored_transitions_of(part, self) for part in parts]),
+            lambda: _Density(self._new_policy(shape, size, False), self),
+            **options,
         )
+        if self._enable_ddp:  # ranks may have other data, and must have one H_D
+            mean = torch.tensor(found, dtype=torch.float64, device=self._device)
+            torch.distributed.all_reduce(mean)
+            found = float(mean) / torch.distributed.get_world_size()
         self._impl.modules.temperature.target = found
         return found
+
+    def load_model(self, fname: str) -> None:
+        """d3rlpy's `load_model`; a target that the config names goes before the one in the file."""
+        super().load_model(fname)
+        if self._config.likelihood_target != "auto":
+            assert self._impl is not None
+            self._impl.modules.temperature.target = self._config.likelihood_target
 
     def _know_target(self, dataset: Any) -> None:
         assert self._impl is not None
@@ -187,6 +205,7 @@ class ACTIVEImpl(DDPGBaseImpl):
 
     def compute_target(self, batch: TorchMiniBatch) -> Tensor:
         """min_i V_i(s') (Eq. 4), [B, 1]."""
+        self._known_q = None
         with torch.no_grad():
             v_next = self._modules.value_funcs(batch.next_observations)
             return self._advantage.target(v_next).unsqueeze(1)
@@ -229,6 +248,7 @@ class ACTIVEImpl(DDPGBaseImpl):
     def update_actor(self, batch: TorchMiniBatch) -> dict[str, float]:
         """A step of the policy, then one of beta, which no captured graph may hold."""
         self._modules.q_funcs.eval()
+        self._modules.targ_q_funcs.requires_grad_(False)  # which an export turns on again
         loss: Any = self._compute_actor_grad(batch)
         self._modules.actor_optim.step()
         temperature = self._modules.temperature
@@ -258,11 +278,13 @@ class ACTIVEImpl(DDPGBaseImpl):
 class _Density(nn.Module):
     """A policy of d3rlpy's with the method that fits it."""
 
-    def __init__(self, policy: Any) -> None:
+    def __init__(self, policy: Any, algo: Any) -> None:
         super().__init__()
         self.policy = policy
+        self._algo = algo
 
     def log_prob(self, observations: Any, actions: Tensor) -> Tensor:
+        observations = scaled_observations(observations, self._algo)
         observations = list(observations) if isinstance(observations, tuple) else observations
         found: Tensor = build_gaussian_distribution(self.policy(observations)).log_prob(actions).squeeze(1)
         return found

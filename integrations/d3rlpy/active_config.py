@@ -9,7 +9,7 @@ from d3rlpy.models.encoders import EncoderFactory, make_encoder_field
 from d3rlpy.optimizers import OptimizerFactory, make_optimizer_field
 
 from c4buffer import TemperatureController, VEnsembleAdvantage
-from c4buffer._checks import check_choice, check_integer, check_number, fail
+from c4buffer._checks import check_choice, check_fraction, check_integer, check_number, fail
 
 
 @dataclasses.dataclass
@@ -74,18 +74,22 @@ class ACTIVEConfig(LearnableConfig):
         check_choice("value_loss", self.value_loss, ("expectile", "sparse"))
         check_integer("n_members", self.n_members, minimum=1)
         check_integer("n_critics", self.n_critics, minimum=1)
-        for name in ("tau", "eta"):
-            if check_number(name, getattr(self, name), minimum=0, exclusive=True) >= (1 if name == "tau" else math.inf):
-                fail(name, "a number above 0 and below 1", repr(getattr(self, name)))
-        if self.eta > 1:
+        check_fraction("tau", self.tau, open_ends=True)
+        if check_number("eta", self.eta, minimum=0, exclusive=True) > 1:
             fail("eta", "a number above 0 and at most 1", repr(self.eta))
         check_number("alpha", self.alpha, minimum=0, exclusive=True)
         check_number("q_weight", self.q_weight, minimum=0)
         target = self.likelihood_target
         if isinstance(target, str):
             check_choice("likelihood_target", target, ("auto",))
+        elif target is not None and not math.isfinite(target):
+            fail("likelihood_target", "a finite number, 'auto' or None", repr(target))
+        check_number("beta_learning_rate", self.beta_learning_rate, minimum=0)
+        if self.max_beta is not None:
+            check_number("max_beta", self.max_beta, minimum=0, exclusive=True)
+        if check_number("initial_beta", self.initial_beta, minimum=0) > (self.max_beta or math.inf):
+            fail("initial_beta", f"at most max_beta, {self.max_beta!r}", repr(self.initial_beta))
         VEnsembleAdvantage(quantile=self.quantile, temperature=self.temperature, max_weight=self.max_weight)
-        self.make_controller()
 
     def make_controller(self, process_group: Any = None) -> TemperatureController:
         """The temperature of these settings, its target None where it is still to be estimated."""

@@ -170,20 +170,23 @@ class C4Algorithm(QLearningAlgoBase):
         """d3rlpy's `fit_online`, drawing its batches from a ClusteredReplayBuffer that takes what `buffer` takes.
 
         Raises:
-            ValueError: for a buffer with a picker that looks ahead of the newest step, as the multi-step one.
+            ValueError: for a buffer with another picker than the basic and the frame-stack one: it may look ahead of
+                the newest step, as the multi-step one does.
         """
         buffer = create_fifo_replay_buffer(ONLINE_CAPACITY, env=env) if buffer is None else buffer
         n_steps = options.get("n_steps", arguments[1] if len(arguments) > 1 else ONLINE_CAPACITY)
-        capacity = buffer.transition_count + n_steps
         self._c4_check_fresh("fit_online")
-        kind = MixedBatches if isinstance(buffer, MixedReplayBuffer) else Batches
-        self._c4_batches = kind(buffer, self, capacity=capacity)
+        mixed = isinstance(buffer, MixedReplayBuffer)
+        growing = buffer.primary_replay_buffer if mixed else buffer
+        capacity = growing.transition_count + n_steps
+        self._c4_batches = (MixedBatches if mixed else Batches)(buffer, self, capacity=capacity)
         super().fit_online(env, self._c4_view(buffer), *arguments, **options)
 
     def c4_resume(self, path: str | os.PathLike[str]) -> None:
         """Let the next `fit` go on, batch for batch, where the buffer that was saved to `path` stood.
 
-        The rest is d3rlpy's own: `load_model` for networks and optimizers, `set_grad_step` for the step count.
+        The rest is d3rlpy's own: `load_model` for networks and optimizers, `set_grad_step` for the step count; and
+        torch's generator, from which many algorithms draw noise.
 
         Args:
             path: what `algo.c4_buffer.save(path)` wrote during or after a fit of the same dataset.
@@ -196,6 +199,7 @@ class C4Algorithm(QLearningAlgoBase):
             algo.save_model("model.pt")
             algo.c4_buffer.save("buffer.safetensors")
             ...
+            algo.build_with_dataset(dataset)
             algo.load_model("model.pt")
             algo.set_grad_step(5000)
             algo.c4_resume("buffer.safetensors")

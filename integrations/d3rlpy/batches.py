@@ -73,7 +73,7 @@ class Batches:
             self._follow(self.buffer)
         if not self._attached and self._can_cluster(batch_size):
             self.buffer.attach(self._critics())
-            if self._warm_up > 0 and self._saved is None:  # whatever batch it is
+            if self._warm_up > 0 and not self.buffer.clustered:  # whatever batch it is
                 self.buffer.refresh()
             self._attached = True
         batch = self.buffer.sample(batch_size)

@@ -32,11 +32,11 @@ def stored_transitions_of(dataset: ReplayBufferBase, algo: Any) -> Transitions:
     return _transitions(_columns_of(dataset), dataset, algo)
 
 
-def stored_transitions_from(dataset: ReplayBufferBase, start: int, algo: Any) -> Transitions:
+def stored_transitions_from(dataset: Any, start: int, algo: Any) -> Transitions:
     """Those from row `start` on, of a buffer that an environment fills: the episode under way is not closed."""
     found = _transitions(_from_picker(dataset, start), dataset, algo)
     columns = dict(found.columns())
-    if not bool(found.terminals[-1]):
+    if dataset.buffer[dataset.transition_count - 1][0] is dataset._writer._active_episode:
         columns["timeouts"] = torch.cat([found.timeouts[:-1], torch.zeros_like(found.timeouts[-1:])])
     return Transitions.unchecked(columns)
 
@@ -147,10 +147,7 @@ def scaled_observations(observations: Any, algo: Any) -> Any:
     if not has_images(observations):
         return observations
     floats = _leafwise(torch.Tensor.float, observations)
-    if algo.observation_scaler is None:
-        return floats
-    scaled = algo.observation_scaler.transform(list(floats) if isinstance(floats, tuple) else floats)
-    return tuple(scaled) if isinstance(scaled, list) else scaled
+    return floats if algo.observation_scaler is None else _transformed(algo.observation_scaler, floats)
 
 
 def _floats(values: np.ndarray) -> Tensor:
@@ -166,11 +163,14 @@ def _scaled(columns: dict[str, Any], algo: Any) -> dict[str, Any]:
         (algo.reward_scaler, ("rewards",)),
     ):
         if scaler is not None and not has_images(columns[names[0]]):
-            for name in names:
-                value = columns[name]
-                scaled = scaler.transform(list(value) if isinstance(value, tuple) else value)
-                columns[name] = tuple(scaled) if isinstance(scaled, list) else scaled
+            columns.update({name: _transformed(scaler, columns[name]) for name in names})
     return columns
+
+
+def _transformed(scaler: Any, value: Any) -> Any:
+    """By one of d3rlpy's scalers, which takes several parts as a list."""
+    found = scaler.transform(list(value) if isinstance(value, tuple) else value)
+    return tuple(found) if isinstance(found, list) else found
 
 
 def returns_to_go_of(dataset: ReplayBufferBase, algo: Any) -> Tensor:

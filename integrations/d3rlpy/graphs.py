@@ -49,11 +49,14 @@ class _Graph:
         self._parameters = parameters
         self._penalties = penalties  # where the code that is captured leaves them
         self._gradients: list[Tensor | None] | None = None
+        self._warm_ups: list[list[Tensor | None]] = []
         self._captured_penalties: list[Tensor] = []
 
     def __call__(self, batch: TorchMiniBatch) -> Any:
         out = self._wrapper(batch)
-        if self._wrapper._graph is None:  # warming up
+        if self._wrapper._graph is None:
+            # An actor's graph that is captured meanwhile adds to these: it must find them where they were.
+            self._warm_ups.append([parameter.grad for parameter in self._parameters])
             return out
         if self._gradients is None:
             # While it is captured nothing is computed: the gradients' new places are filled by a first replay.

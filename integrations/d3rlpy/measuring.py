@@ -50,7 +50,9 @@ def _value_and_loss(algo: Any, transitions: Transitions) -> tuple[float, float]:
     impl, batch = algo.impl, to_mini_batch(transitions, algo)
     devices = [torch.device(algo._device)] if "cuda" in algo._device else []
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
+        for device in devices:
+            torch.cuda.default_generators[device.index or 0].manual_seed(0)
         actions = batch.actions
         if is_discrete(impl):
             actions = actions.long()

@@ -17,6 +17,7 @@ import torch
 from c4buffer.integrations.d3rlpy import ACTIVEConfig, C4Config, critics_of
 from c4buffer.integrations.d3rlpy.dataset import from_mini_batch
 from d3rlpy.algos import IQLConfig
+from d3rlpy.dataset import MixedReplayBuffer
 from d3rlpy.logging import FileAdapterFactory, NoopAdapterFactory
 from d3rlpy.models.encoders import VectorEncoderFactory
 from d3rlpy.preprocessing import MinMaxActionScaler, StandardObservationScaler
@@ -261,6 +262,37 @@ def test_members_of_other_networks_are_computed_one_by_one() -> None:
     image.fit(pixels, n_steps=2, n_steps_per_epoch=2, **QUIET)
 
 
+def test_a_target_that_the_config_names_survives_loading(tmp_path: Path) -> None:
+    dataset = dataset_of(episodes())
+    for name, target in (("none", None), ("other", -7.0)):
+        built(active(likelihood_target=target), dataset).save_model(str(tmp_path / name))
+        algo = built(active(likelihood_target=-3.0), dataset)
+        algo.load_model(str(tmp_path / name))
+        assert algo.impl.modules.temperature.target == -3.0
+    auto = built(active(likelihood_target="auto"), dataset)
+    auto.load_model(str(tmp_path / "other"))
+    assert auto.impl.modules.temperature.target == -7.0
+
+
+def test_the_target_of_a_mixed_buffer_is_that_of_all_its_rows() -> None:
+    primary, secondary = dataset_of(episodes()), dataset_of(episodes(seed=1))
+    together = dataset_of([*episodes(), *episodes(seed=1)])
+    algo = built(active(likelihood_target="auto"), primary)
+    mixed = MixedReplayBuffer(primary, secondary, secondary_mix_ratio=0.5)
+    expected = algo.estimate_likelihood_target(together, updates=10)
+    assert algo.estimate_likelihood_target(mixed, updates=10) == expected
+
+
+def test_targets_stay_frozen_after_an_export(tmp_path: Path) -> None:
+    dataset = dataset_of(episodes())
+    algo = built(active(), dataset)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        algo.save_policy(str(tmp_path / "policy.pt"))
+    algo.update(mini_batch(dataset, range(16)))
+    assert all(parameter.grad is None for parameter in algo.impl.modules.targ_q_funcs.parameters())
+
+
 def test_online_training_needs_a_target() -> None:
     env = gymnasium.make("Pendulum-v1")
     with pytest.raises(ValueError, match="likelihood_target: expected a number, or a fit before fit_online"):
@@ -310,9 +342,9 @@ def test_a_target_out_of_reach_is_warned_of() -> None:
         ({"temperature": 0.0}, "temperature: expected a finite number above 0"),
         ({"value_loss": "huber"}, "value_loss: expected one of 'expectile', 'sparse', got 'huber'"),
         ({"likelihood_target": "high"}, "likelihood_target: expected one of 'auto', got 'high'"),
-        ({"likelihood_target": math.nan}, "target: expected a finite number or None, got nan"),
-        ({"initial_beta": -1.0}, "initial: expected a finite number at least 0"),
-        ({"initial_beta": 3.0, "max_beta": 2.0}, "initial: expected at most maximum"),
+        ({"likelihood_target": math.nan}, "likelihood_target: expected a finite number, 'auto' or None, got nan"),
+        ({"initial_beta": -1.0}, "initial_beta: expected a finite number at least 0, got -1.0"),
+        ({"initial_beta": 3.0, "max_beta": 2.0}, "initial_beta: expected at most max_beta, 2.0, got 3.0"),
         ({"q_weight": -1.0}, "q_weight: expected a finite number at least 0"),
         ({"n_critics": 0}, "n_critics: expected an integer of at least 1"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -104,6 +106,26 @@ def test_two_graphs_train_as_the_eager_algorithm_does(config: type, monkeypatch:
     assert all(wrapper._step == 10 for wrapper in FakeWrapper.made)
     for name, value in state_of(eager).items():
         torch.testing.assert_close(state_of(graphed)[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_of_the_warm_up_stay_where_an_actors_graph_may_have_found_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(graphs, "CudaGraphWrapper", FakeWrapper)
+    monkeypatch.setattr(FakeWrapper, "made", [], raising=False)
+    dataset = data_for(TD3PlusBCConfig)
+    algo = built(C4Config(base=small(TD3PlusBCConfig), penalty_every=4, seed=0), dataset)
+    monkeypatch.setattr(FakeWrapper, "impl", algo.impl, raising=False)
+    monkeypatch.setattr(algo.impl.modules.critic_optim, "_compiled", True)
+    algo.impl._compute_critic_grad = FakeWrapper(algo.impl.compute_critic_grad)
+    graphs.capture_twice(algo.impl)
+    parameters = list(algo.impl.q_function.parameters())
+    found = []
+    for i in range(8):
+        algo.update(mini_batch(dataset, range(i, i + 16)))
+        found += [weakref.ref(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    gc.collect()
+    assert all(reference() is not None for reference in found)
 
 
 def test_without_compilation_there_are_no_graphs() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from c4buffer.integrations.d3rlpy import C4Config, critics_of, measure, transitions_of, wrap
-from d3rlpy.algos import CQLConfig, DiscreteCQLConfig, DQNConfig, IQLConfig, SACConfig, TD3PlusBCConfig
+from d3rlpy.algos import BCQConfig, CQLConfig, DiscreteCQLConfig, DQNConfig, IQLConfig, SACConfig, TD3PlusBCConfig
 from d3rlpy.constants import LoggingStrategy
 from d3rlpy.dataset import Episode, FrameStackTransitionPicker, MultiStepTransitionPicker, ReplayBuffer
 from d3rlpy.logging import (
@@ -262,6 +262,37 @@ def test_a_fit_is_resumed_batch_for_batch(tmp_path: Path, drawn: list[Transition
     other.c4_resume(tmp_path / "buffer.safetensors")
     with pytest.raises(ValueError, match="c4_resume: expected a fit of one dataset after it, got fit_online"):
         other.fit_online(gymnasium.make("Pendulum-v1"), n_steps=5)
+
+
+def test_a_fit_that_is_resumed_while_it_warms_up_clusters_when_the_whole_one_does(
+    tmp_path: Path, drawn: list[Transitions]
+) -> None:
+    dataset = dataset_of(episodes(10))
+
+    def fresh() -> Any:
+        return built(C4Config(base=small(BCQConfig, rl_start_step=5), refresh_interval=1000, seed=0), dataset)
+
+    whole = fresh()
+    for epoch, _ in whole.fitter(dataset, n_steps=8, n_steps_per_epoch=1, **QUIET):
+        if epoch == 3:
+            whole.save_model(str(tmp_path / "model.pt"))
+            whole.c4_buffer.save(tmp_path / "buffer.safetensors")
+    resumed = fresh()
+    resumed.load_model(str(tmp_path / "model.pt"))
+    resumed.set_grad_step(3)
+    resumed.c4_resume(tmp_path / "buffer.safetensors")
+    resumed.fit(dataset, n_steps=5, n_steps_per_epoch=5, **QUIET)
+    assert [batch.cluster >= 0 for batch in drawn[3:8]] == [batch.cluster >= 0 for batch in drawn[8:]]
+    assert drawn[-1].cluster >= 0
+
+
+def test_online_a_truncated_episodes_last_row_is_a_timeout() -> None:
+    env = gymnasium.make("Pendulum-v1", max_episode_steps=10)
+    algo = C4Config(base=small(SACConfig), n_clusters=2, seed=0).create()
+    algo.fit_online(env, n_steps=45, n_steps_per_epoch=45, **QUIET)
+    rows = algo.c4_buffer.sample(400)
+    ended = {tuple(row) for row, timeout in zip(rows.observations.tolist(), rows.timeouts.tolist()) if timeout}
+    assert len(ended) == 4
 
 
 @pytest.mark.parametrize("config", [TD3PlusBCConfig, IQLConfig, SACConfig, DQNConfig])
