@@ -1,0 +1,300 @@
+"""Stable-Baselines3's replay buffers with single-cluster batches: rows are chosen here, and read by the host's code."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
+
+from c4buffer import (
+    Critics,
+    MixtureClusterer,
+    ReducedClusterer,
+    SingleClusterSampler,
+    decompose_cross_covariance,
+    stacked_features,
+    stacked_gradients,
+)
+from c4buffer._checks import check_choice, check_integer, fail
+
+from .reading import transitions_of_samples
+
+CHUNK_ROWS = 4096  # read and embedded at once
+LIVE = {"_critics": None, "_sampler": None, "_batch": None, "_clusterer": None, "_generator": None}  # never pickled
+
+
+class _Clustered(ReplayBuffer):
+    """What the four buffers share.
+
+    Args:
+        n_clusters: K. With one, batches are the host's own.
+        embedding: what is clustered, "gradients" or "features".
+        refresh_interval: batches between clusterings. None: max(1000, N // 10).
+        assignment: "soft" or "hard".
+        replacement: within a cluster.
+        c4_seed: of the buffer's own generator. None: the model's seed, or torch's initial one.
+    """
+
+    _critics: Critics | None
+    _sampler: SingleClusterSampler | None
+    _clusterer: ReducedClusterer
+    _generator: torch.Generator
+
+    def __init__(
+        self,
+        *arguments: Any,
+        n_clusters: int = 3,
+        embedding: str = "gradients",
+        refresh_interval: int | None = None,
+        assignment: str = "soft",
+        replacement: bool = True,
+        c4_seed: int | None = None,
+        **options: Any,
+    ) -> None:
+        check_integer("n_clusters", n_clusters, minimum=1)
+        check_choice("embedding", embedding, ("gradients", "features"))
+        check_choice("assignment", assignment, ("soft", "hard"))
+        if refresh_interval is not None:
+            check_integer("refresh_interval", refresh_interval, minimum=1)
+        if c4_seed is not None:
+            check_integer("c4_seed", c4_seed, minimum=0)
+        super().__init__(*arguments, **options)
+        self.n_clusters = n_clusters
+        self.embedding = embedding
+        self.refresh_interval = refresh_interval
+        self.assignment: Any = assignment
+        self.replacement = replacement
+        self.c4_seed = c4_seed
+        self.c4_metrics: dict[str, float] = {}
+        self.cluster = -1
+        self._warned = False
+        self._since_refresh = 0
+        vars(self).update(LIVE)
+
+    def bind(self, critics: Critics, *, seed: int | None = None) -> None:
+        """From now on, cluster by these critics, first with the next batch. Another binding is forgotten.
+
+        Args:
+            critics: as `critics_of(model)` gives them.
+            seed: where `c4_seed` is None. None: torch's initial seed.
+        """
+        seed = self.c4_seed if self.c4_seed is not None else seed
+        self._critics = critics
+        self._generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
+        self._sampler = SingleClusterSampler(
+            generator=self._generator, assignment=self.assignment, replacement=self.replacement
+        )
+        self._sampler.extend(self._stored_rows())
+        mixture = MixtureClusterer(self.n_clusters, generator=self._generator, warm_start=False)
+        self._clusterer = ReducedClusterer(mixture)
+        self._since_refresh = 0
+
+    def unbind(self) -> None:
+        """Sample uniformly again, and hold nothing of the model."""
+        vars(self).update(LIVE)
+        self.cluster = -1
+
+    @property
+    def last_batch(self) -> Any:
+        """What `sample` gave last, while bound; for the penalty."""
+        return self._batch
+
+    @property
+    def probabilities(self) -> torch.Tensor:
+        """p_z, [K]: the shares of the clusters."""
+        if self._sampler is None or not self._sampler.clustered:
+            fail("probabilities", "a bound buffer that has been clustered", "one without clusters")
+        return self._sampler.probabilities
+
+    def add(self, *arguments: Any, **options: Any) -> None:
+        """The host's `add`; the rows that it overwrites lose their cluster."""
+        overwrites, first = self.full, self.pos * self.n_envs
+        super().add(*arguments, **options)
+        if self._sampler is not None and overwrites:
+            self._sampler.overwrite(torch.arange(first, first + self.n_envs))
+        elif self._sampler is not None:
+            self._sampler.extend(self.n_envs)
+
+    def sample(self, batch_size: int, env: Any = None) -> Any:
+        """`batch_size` rows of one cluster, once there are clusters; the host's own rows before, and with K = 1."""
+        if self._sampler is None:
+            self._warn_once()
+            return super().sample(batch_size, env=env)
+        if self.n_clusters == 1:
+            self._batch = super().sample(batch_size, env=env)
+            return self._batch
+        rows = self._stored_rows()
+        if self._sampler.size != rows:  # filled by other means than `add`
+            assert self._critics is not None
+            self.bind(self._critics, seed=int(torch.randint(2**31, (1,), generator=self._generator)))
+        if not self._sampler.clustered or self._since_refresh >= (self.refresh_interval or max(1000, rows // 10)):
+            self._refresh(env)
+        self._since_refresh += 1
+        chosen, self.cluster = self._valid_rows(batch_size)
+        self._batch = self._training_samples(chosen, env)
+        return self._batch
+
+    def _refresh(self, env: Any) -> None:
+        """Cluster all rows by the critics as they are."""
+        assert self._critics is not None
+        assert self._sampler is not None
+        started = time.perf_counter()
+        rows = np.flatnonzero(self._is_valid(np.arange(self._stored_rows())))
+        embed = stacked_gradients if self.embedding == "gradients" else stacked_features
+        state = np.random.get_state()  # the host's reading draws from the global generator
+        try:
+            parts = [
+                embed(self._critics, transitions_of_samples(self._samples(rows[i : i + CHUNK_ROWS], env)))
+                for i in range(0, len(rows), CHUNK_ROWS)
+            ]
+        finally:
+            np.random.set_state(state)
+        embeddings = torch.cat(parts)
+        if len(rows) < self.n_clusters:
+            fail("n_clusters", f"at most the {len(rows)} transitions that can be sampled", self.n_clusters)
+        found = self._clusterer(embeddings, None).cpu()
+        # rows that can not be sampled now are as those that no clustering has seen
+        responsibilities = found.mean(dim=0).expand(self._stored_rows(), -1).clone()
+        responsibilities[torch.from_numpy(rows)] = found
+        self._sampler.assign(responsibilities)
+        self._since_refresh = 0
+        pair = embeddings.double().chunk(2, dim=1)
+        total, within, between = decompose_cross_covariance(pair[0], pair[1], found.to(pair[0]))
+        self.c4_metrics = {
+            "cross_covariance": float(torch.linalg.matrix_norm(total)),
+            "within_cross_covariance": float(torch.linalg.matrix_norm(within)),
+            "between_cross_covariance": float(torch.linalg.matrix_norm(between)),
+            "smallest_probability": float(self._sampler.probabilities.min()),
+            "refresh_seconds": time.perf_counter() - started,
+        }
+
+    def _valid_rows(self, batch_size: int) -> tuple[np.ndarray, int]:
+        """Rows of one cluster; in the place of those that can not be sampled just now, others of the same batch."""
+        assert self._sampler is not None
+        while True:
+            chosen, cluster = self._sampler.sample(batch_size)
+            valid = self._is_valid(chosen.numpy())
+            if valid.all():
+                return chosen.numpy(), cluster
+            if valid.any():
+                others = chosen.numpy()[valid]
+                places = torch.randint(len(others), (batch_size - len(others),), generator=self._generator)
+                return np.concatenate([others, others[places.numpy()]]), cluster
+
+    def _stored_rows(self) -> int:
+        return (self.buffer_size if self.full else self.pos) * self.n_envs
+
+    def _is_valid(self, rows: np.ndarray) -> np.ndarray:
+        """Whether these rows [M] may be sampled: all but the one that a memory-optimised buffer writes next."""
+        if self.optimize_memory_usage and self.full:
+            return np.asarray(rows // self.n_envs != self.pos)
+        return np.ones(len(rows), dtype=bool)
+
+    def _training_samples(self, rows: np.ndarray, env: Any) -> Any:
+        return self._samples(rows, env)
+
+    def _samples(self, rows: np.ndarray, env: Any) -> Any:
+        """The host's reading of these rows [M], row = position * n_envs + environment, in their order."""
+        positions, environments = np.divmod(rows, self.n_envs)
+        if self.n_envs == 1:
+            return self._get_samples(positions, env=env)
+        # the host draws the environment itself: it is shown one at a time
+        order, parts = [], []
+        for e in np.unique(environments):
+            places = np.flatnonzero(environments == e)
+            order.append(places)
+            parts.append(self._only(int(e))._get_samples(positions[places], env=env))
+        return _picked(_joined(parts), np.argsort(np.concatenate(order)))
+
+    def _only(self, environment: int) -> Any:
+        """A view of one environment's rows, which shares the memory."""
+        view = copy.copy(self)
+        view.n_envs = 1
+        for name in ("observations", "next_observations", "actions", "rewards", "dones", "timeouts"):
+            held = getattr(self, name, None)
+            if isinstance(held, dict):
+                setattr(view, name, {key: part[:, environment : environment + 1] for key, part in held.items()})
+            elif held is not None:
+                setattr(view, name, held[:, environment : environment + 1])
+        return view
+
+    def _warn_once(self) -> None:
+        if not self._warned and self.n_clusters > 1:
+            self._warned = True
+            warnings.warn(
+                "sampling stays uniform until the buffer knows the critics: learn(..., callback=C4Callback())",
+                stacklevel=3,
+            )
+
+    def __copy__(self) -> Any:
+        view = object.__new__(type(self))
+        vars(view).update(vars(self))
+        return view
+
+    def __getstate__(self) -> dict[str, Any]:
+        inherited = getattr(super(), "__getstate__", None)
+        state = inherited() if inherited is not None else None
+        return {**(state if isinstance(state, dict) else vars(self)), **LIVE}
+
+
+class ClusteredReplayBuffer(_Clustered):
+    """SB3's ReplayBuffer whose batches come from one cluster each, while a `C4Callback` or `attached` binds it.
+
+    .. code-block:: python
+
+        clustered = dict(replay_buffer_class=ClusteredReplayBuffer, replay_buffer_kwargs=dict(n_clusters=3))
+        model = SAC("MlpPolicy", env, **clustered)
+        model.learn(100_000, callback=C4Callback())
+    """
+
+
+class ClusteredDictReplayBuffer(_Clustered, DictReplayBuffer):
+    """The same for dictionaries of observations ("MultiInputPolicy")."""
+
+
+class ClusteredNStepReplayBuffer(_Clustered, NStepReplayBuffer):
+    """The same with n-step returns; give `n_steps` and `gamma` in `replay_buffer_kwargs`, as SB3 does not pass them."""
+
+
+class ClusteredHerReplayBuffer(_Clustered, HerReplayBuffer):
+    """The same with hindsight: rows are clustered with the goals that they had; a batch's relabelled share follows."""
+
+    def _is_valid(self, rows: np.ndarray) -> np.ndarray:
+        """Rows of whole episodes."""
+        ended: np.ndarray = self.ep_length.reshape(-1)[rows] > 0
+        return ended
+
+    def _samples(self, rows: np.ndarray, env: Any) -> Any:
+        return self._get_real_samples(*np.divmod(rows, self.n_envs), env)
+
+    def _training_samples(self, rows: np.ndarray, env: Any) -> Any:
+        positions, environments = np.divmod(rows, self.n_envs)
+        virtual = int(self.her_ratio * len(rows))
+        relabelled = self._get_virtual_samples(positions[:virtual], environments[:virtual], env)
+        real = self._get_real_samples(positions[virtual:], environments[virtual:], env)
+        return _joined([real, relabelled])
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Samples one behind the other."""
+    return _each_field(lambda *values: torch.cat(values), parts)
+
+
+def _picked(samples: Any, order: np.ndarray) -> Any:
+    places = torch.from_numpy(order)
+    return _each_field(lambda value: value[places.to(value.device)], [samples])
+
+
+def _each_field(function: Any, parts: list[Any]) -> Any:
+    def apply(values: tuple[Any, ...]) -> Any:
+        if isinstance(values[0], dict):
+            return {key: function(*(value[key] for value in values)) for key in values[0]}
+        return None if values[0] is None else function(*values)
+
+    return type(parts[0])(*(apply(values) for values in zip(*parts)))

@@ -1,0 +1,135 @@
+"""The seam: binds a model's critics to its buffer, and adds the penalty's gradient to the critic's."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from stable_baselines3.common.callbacks import BaseCallback
+
+from c4buffer import CovariancePenalty
+from c4buffer._checks import check_integer, fail
+
+from .buffers import _Clustered
+from .reading import critics_of, optimizer_of, transitions_of_samples
+
+ATTACHED: weakref.WeakKeyDictionary[Any, _Attachment] = weakref.WeakKeyDictionary()
+
+
+class C4Callback(BaseCallback):
+    """C4 for the time of a `learn`: single-cluster batches, and the covariance penalty in the critic's loss.
+
+    The model needs one of the clustered buffers. Its training code is its own: where its critic's optimizer clears the
+    gradients, the penalty's are put in, and the loss's come on top, so that clipping sees both.
+
+    Args:
+        penalty: `(critics, batch) -> scalar`, as CovariancePenalty(0.1, scale="relative"). None for batches alone.
+        penalty_every: on every k-th step of the critic, with k times the weight.
+        verbose: as in every callback of SB3.
+
+    .. code-block:: python
+
+        model.learn(100_000, callback=C4Callback(CovariancePenalty(0.1, scale="relative"), penalty_every=4))
+    """
+
+    def __init__(self, penalty: CovariancePenalty | None = None, *, penalty_every: int = 1, verbose: int = 0) -> None:
+        super().__init__(verbose)
+        if penalty is not None and not callable(penalty):
+            fail("penalty", "a callable as CovariancePenalty(0.1), or None", repr(penalty))
+        self.penalty = penalty
+        self.penalty_every = check_integer("penalty_every", penalty_every, minimum=1)
+
+    def _on_training_start(self) -> None:
+        attach(self.model, self.penalty, self.penalty_every)
+
+    def _on_step(self) -> bool:
+        attachment = ATTACHED.get(self.model)
+        if attachment is not None:
+            for name, value in attachment.metrics().items():
+                self.logger.record(f"c4/{name}", value)
+        return True
+
+    def _on_training_end(self) -> None:
+        detach(self.model)
+
+
+@contextmanager
+def attached(model: Any, penalty: CovariancePenalty | None = None, *, penalty_every: int = 1) -> Iterator[Any]:
+    """C4 for the time of a `with`, for calls of `model.train` alone. Nothing is left behind, whatever is raised.
+
+    .. code-block:: python
+
+        with attached(model, CovariancePenalty(0.1, scale="relative")):
+            model.train(gradient_steps=100, batch_size=256)
+    """
+    check_integer("penalty_every", penalty_every, minimum=1)
+    attach(model, penalty, penalty_every)
+    try:
+        yield model
+    finally:
+        detach(model)
+
+
+def attach(model: Any, penalty: Any, penalty_every: int) -> None:
+    """Bind the buffer and arm the optimizer; what was attached to the model before, and left, is taken off first."""
+    critics = critics_of(model)
+    if not isinstance(model.replay_buffer, _Clustered):
+        name = type(model.replay_buffer).__name__
+        fail("model", "one with replay_buffer_class=ClusteredReplayBuffer, or another clustered one", f"a {name}")
+    detach(model)
+    ATTACHED[model] = _Attachment(model, critics, penalty, penalty_every)
+
+
+def detach(model: Any) -> None:
+    """Leave the model as it was."""
+    attachment = ATTACHED.pop(model, None)
+    if attachment is not None:
+        attachment.remove()
+
+
+class _Attachment:
+    """What is put into one model for a time."""
+
+    def __init__(self, model: Any, critics: Any, penalty: Any, penalty_every: int) -> None:
+        self.critics, self.penalty, self.every = critics, penalty, penalty_every
+        self.buffer: Any = model.replay_buffer
+        self.optimizer = optimizer_of(model)
+        self.steps = 0
+        self.last_penalty: torch.Tensor | None = None
+        self.buffer.bind(critics, seed=model.seed)
+        if penalty is not None and getattr(penalty, "weight", 1) > 0:
+            clear: Callable[..., None] = self.optimizer.zero_grad
+            self.optimizer.zero_grad = lambda *a, **k: self._cleared(clear, *a, **k)  # type: ignore[method-assign]
+
+    def _cleared(self, clear: Callable[..., None], *arguments: Any, **options: Any) -> None:
+        clear(*arguments, **options)
+        due, self.steps = self.steps % self.every == 0, self.steps + 1
+        if not due or self.buffer.last_batch is None:
+            return
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        penalty = self.penalty(self.critics, transitions_of_samples(self.buffer.last_batch))
+        self.last_penalty = penalty.detach()
+        for parameter, gradient in zip(parameters, _gradients(self.every * penalty, parameters)):
+            if gradient is not None and parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter).copy_(gradient)  # in the parameter's own layout
+            elif gradient is not None:
+                parameter.grad += gradient
+
+    def metrics(self) -> dict[str, float]:
+        """Of the last refresh and the last penalty."""
+        found = dict(self.buffer.c4_metrics)
+        if self.last_penalty is not None:
+            found["penalty"] = float(self.last_penalty)
+        return found
+
+    def remove(self) -> None:
+        vars(self.optimizer).pop("zero_grad", None)
+        self.buffer.unbind()
+
+
+def _gradients(loss: torch.Tensor, parameters: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+    """By the optimizer's own parameters only: nothing piles up in target networks."""
+    return torch.autograd.grad(loss, parameters, allow_unused=True)

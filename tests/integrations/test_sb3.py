@@ -1,0 +1,442 @@
+"""C4 inside Stable-Baselines3: nothing changes without it, what it adds is exact, and nothing is left behind."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+import textwrap
+import warnings
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from c4buffer.integrations.sb3 import (
+    C4Callback,
+    ClusteredDictReplayBuffer,
+    ClusteredHerReplayBuffer,
+    ClusteredNStepReplayBuffer,
+    ClusteredReplayBuffer,
+    attached,
+    critics_of,
+)
+from c4buffer.integrations.sb3.reading import transitions_of_samples
+from gymnasium import spaces
+from sb3_contrib import QRDQN, TQC, CrossQ
+from stable_baselines3 import DDPG, DQN, PPO, SAC, TD3
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.envs import BitFlippingEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+from c4buffer import CovariancePenalty, stacked_gradients
+
+CONTINUOUS = [SAC, TD3, DDPG, TQC, CrossQ]
+DISCRETE = [DQN, QRDQN]
+ALL = [*CONTINUOUS, *DISCRETE]
+
+
+class Toy(gymnasium.Env[Any, Any]):
+    """Observations that drift and end now and then; boxes, images or dictionaries; continuous or discrete actions."""
+
+    def __init__(self, kind: str = "box", discrete: bool = False) -> None:
+        self.kind = kind
+        box = spaces.Box(-10, 10, (3,), dtype=np.float32)
+        image = spaces.Box(0, 255, (1, 36, 36), dtype=np.uint8)
+        self.observation_space = {
+            "box": box,
+            "image": image,
+            "dict": spaces.Dict({"a": box, "b": spaces.Box(-10, 10, (2,), dtype=np.float32)}),
+        }[kind]
+        self.action_space = spaces.Discrete(4) if discrete else spaces.Box(-1, 1, (2,), dtype=np.float32)
+        self.noise = np.random.default_rng(0)
+        self.steps = 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        if seed is not None:
+            self.noise = np.random.default_rng(seed)
+        self.steps = 0
+        return self._observe(), {}
+
+    def step(self, action: Any) -> Any:
+        self.steps += 1
+        terminated = bool(self.noise.random() < 0.05)
+        return self._observe(), float(self.noise.normal()), terminated, self.steps >= 30, {}
+
+    def _observe(self) -> Any:
+        if self.kind == "image":
+            return self.noise.integers(0, 256, (1, 36, 36), dtype=np.uint8)
+        box = self.noise.normal(size=3).astype(np.float32)
+        return box if self.kind == "box" else {"a": box, "b": box[:2] * 2}
+
+
+def model_of(algorithm: Any, env: Any = None, seed: int = 0, policy: str = "MlpPolicy", **options: Any) -> Any:
+    """A small model, trained on every step after 20."""
+    discrete = issubclass(algorithm, tuple(DISCRETE))
+    common: dict[str, Any] = {
+        "learning_starts": 20,
+        "batch_size": 16,
+        "train_freq": 1,
+        "policy_kwargs": {"net_arch": [16, 16]},
+        "device": "cpu",
+        "buffer_size": 500,
+    }
+    if discrete:
+        common["target_update_interval"] = 10
+    return algorithm(policy, env or Toy(discrete=discrete), seed=seed, **{**common, **options})
+
+
+def clustered(algorithm: Any, env: Any = None, n_clusters: int = 3, **options: Any) -> Any:
+    buffer = {"n_clusters": n_clusters, "refresh_interval": 10, **options.pop("buffer", {})}
+    cls = options.pop("cls", ClusteredReplayBuffer)
+    return model_of(algorithm, env, replay_buffer_class=cls, replay_buffer_kwargs=buffer, **options)
+
+
+def parameters_of(model: Any) -> dict[str, torch.Tensor]:
+    return {
+        f"{part}.{name}": value.detach().clone()
+        for part, state in model.get_parameters().items()
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def assert_equal(one: Any, other: Any, tolerance: float = 0.0) -> None:
+    first, second = parameters_of(one), parameters_of(other)
+    assert first.keys() == second.keys()
+    for name in first:
+        if tolerance:
+            torch.testing.assert_close(first[name], second[name], rtol=0, atol=tolerance)
+        else:
+            assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("algorithm", ALL)
+def test_one_cluster_and_no_penalty_equal_the_stock_model_bit_for_bit(algorithm: Any) -> None:
+    stock = model_of(algorithm).learn(220)
+    ours = clustered(algorithm, n_clusters=1).learn(220, callback=C4Callback(CovariancePenalty(0.0)))
+    assert_equal(stock, ours)
+
+
+@pytest.mark.parametrize("algorithm", [SAC, DQN])
+def test_a_bound_but_idle_buffer_changes_nothing_beside_it(algorithm: Any) -> None:
+    stock = model_of(algorithm).learn(120)
+    idle = clustered(algorithm)
+    beside = model_of(algorithm)
+    idle.replay_buffer.bind(critics_of(idle))
+    beside.learn(120)
+    assert_equal(stock, beside)
+
+
+PLACES = {
+    SAC: "critic_loss = 0.5 * sum(F.mse_loss(current_q, target_q_values) for current_q in current_q_values)",
+    TD3: "critic_loss = sum(F.mse_loss(current_q, target_q_values) for current_q in current_q_values)",
+    DQN: "loss = F.smooth_l1_loss(current_q_values, target_q_values)",
+}
+
+
+def with_penalty_in_its_source(algorithm: Any, penalty: CovariancePenalty) -> Any:
+    """SB3's own `train` with the term added where the loss is made."""
+    source = textwrap.dedent(inspect.getsource(algorithm.train))
+    line = PLACES[TD3 if algorithm is DDPG else algorithm]
+    name = line.split(" ")[0]
+    assert source.count(line) == 1
+    source = source.replace(line, f"{line}; {name} = {name} + penalty(critics(self), transitions(replay_data))")
+    scope = {**inspect.getmodule(algorithm.train).__dict__}
+    scope.update(penalty=penalty, critics=critics_of, transitions=transitions_of_samples)
+    exec(source.replace("super()", "super(type(self), self)"), scope)
+    return type(algorithm.__name__, (algorithm,), {"train": scope["train"]})
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options"), [(SAC, {}), (TD3, {}), (DDPG, {}), (DQN, {}), (DQN, {"max_grad_norm": 0.01})]
+)
+def test_the_penalty_equals_the_term_in_the_hosts_source(algorithm: Any, options: dict[str, Any]) -> None:
+    penalty = CovariancePenalty(0.5, scale="relative")
+    changed = with_penalty_in_its_source(algorithm, penalty)
+    # each is made and trained before the next one, as making one sets the global seeds
+    expected = model_of(changed, **options).learn(40)
+    ours = clustered(algorithm, n_clusters=1, **options).learn(40, callback=C4Callback(penalty))
+    stock = model_of(algorithm, **options).learn(40)
+    assert ours._n_updates == 20
+    assert_equal(expected, ours, tolerance=1e-7)
+    with pytest.raises(AssertionError):
+        assert_equal(stock, ours, tolerance=1e-7)
+
+
+@pytest.mark.parametrize("algorithm", ALL)
+def test_batches_come_from_one_cluster_and_metrics_are_logged(algorithm: Any) -> None:
+    model = clustered(algorithm)
+    clusters: list[int] = []
+    logged: dict[str, float] = {}
+
+    class Watch(BaseCallback):
+        def _on_step(self) -> bool:
+            clusters.append(self.model.replay_buffer.cluster)
+            logged.update({k: v for k, v in self.logger.name_to_value.items() if k.startswith("c4/")})
+            return True
+
+    penalty = CovariancePenalty(0.1, scale="relative")
+    model.learn(100, callback=[C4Callback(penalty, penalty_every=2), Watch()])
+    assert set(clusters[:15]) == {-1}
+    assert len(set(clusters[30:])) > 1
+    assert set(clusters[30:]) <= {0, 1, 2}
+    names = {"cross_covariance", "within_cross_covariance", "between_cross_covariance", "smallest_probability"}
+    assert {f"c4/{name}" for name in {*names, "refresh_seconds", "penalty"}} == set(logged)
+    assert all(np.isfinite(value) for value in logged.values())
+
+
+@pytest.mark.parametrize("embedding", ["gradients", "features"])
+@pytest.mark.parametrize("algorithm", ALL)
+def test_clusters_of_either_embedding_after_saving_loading_and_further_learning(
+    algorithm: Any, embedding: str, tmp_path: Path
+) -> None:
+    model = clustered(algorithm, buffer={"embedding": embedding, "assignment": "hard"})
+    model.learn(60, callback=C4Callback())
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "buffer")
+    loaded = algorithm.load(tmp_path / "model", env=model.get_env(), device="cpu")
+    assert_equal(model, loaded)
+    loaded.load_replay_buffer(tmp_path / "buffer")
+    assert loaded.replay_buffer.size() == model.replay_buffer.size()
+    loaded.learn(40, callback=C4Callback(), reset_num_timesteps=False)
+    assert loaded.num_timesteps == 100
+
+
+def test_nothing_is_left_behind() -> None:
+    model = clustered(SAC)
+    optimizer = model.critic.optimizer
+    penalty = CovariancePenalty(0.1, scale="relative")
+    model.learn(40, callback=C4Callback(penalty))
+    assert "zero_grad" not in vars(optimizer)
+    assert model.replay_buffer.last_batch is None
+
+    def interrupted() -> None:
+        with attached(model, penalty):
+            model.train(gradient_steps=2, batch_size=16)
+            assert "zero_grad" in vars(optimizer)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert "zero_grad" not in vars(optimizer)
+
+    class Stop(BaseCallback):
+        def _on_step(self) -> bool:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(40, callback=[C4Callback(penalty), Stop()])
+    model.learn(40, callback=C4Callback(penalty))  # takes off what the interrupted one has left
+    assert "zero_grad" not in vars(optimizer)
+    assert all(parameter.grad is None for parameter in model.critic_target.parameters())
+
+
+def test_the_penalty_is_put_on_every_kth_step() -> None:
+    model = clustered(SAC, n_clusters=1)
+    model.learn(30)
+    seen: list[int] = []
+
+    class Counting(CovariancePenalty):
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            seen.append(model._n_updates)
+            return super().__call__(*arguments, **options)
+
+    with attached(model, Counting(0.1), penalty_every=3):
+        for _ in range(7):
+            model.train(gradient_steps=1, batch_size=16)
+    assert [n - seen[0] for n in seen] == [0, 3, 6]
+
+
+def test_without_a_callback_one_warning_says_that_sampling_is_uniform() -> None:
+    with pytest.warns(UserWarning, match="sampling stays uniform until the buffer knows the critics"):
+        model = clustered(SAC).learn(25)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.learn(25)
+        clustered(SAC, n_clusters=1).learn(25)
+
+
+@pytest.mark.parametrize("n_envs", [1, 4])
+@pytest.mark.parametrize("optimize", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_rows_are_read_as_the_host_reads_them(n_envs: int, optimize: bool, normalize: bool) -> None:
+    env: Any = DummyVecEnv([Toy for _ in range(n_envs)])
+    env = VecNormalize(env) if normalize else env
+    kwargs = {"handle_timeout_termination": False} if optimize else {}
+    model = clustered(SAC, env, buffer=kwargs, buffer_size=80, optimize_memory_usage=optimize)
+    model.learn(200, callback=C4Callback())
+    buffer = model.replay_buffer
+    assert buffer.full
+    rows = np.array([r for r in np.random.default_rng(0).permutation(80) if not optimize or r // n_envs != buffer.pos])
+    found = buffer._samples(rows, env if normalize else None)
+    place, e = np.divmod(rows, n_envs)
+    observations = buffer.observations[place, e]
+    following = (
+        buffer.observations[(place + 1) % buffer.buffer_size, e] if optimize else buffer.next_observations[place, e]
+    )
+    rewards = buffer.rewards[place, e]
+    if normalize:
+        observations, following = env.normalize_obs(observations), env.normalize_obs(following)
+        rewards = env.normalize_reward(rewards)
+    np.testing.assert_allclose(found.observations.numpy(), observations, rtol=1e-6)
+    np.testing.assert_allclose(found.next_observations.numpy(), following, rtol=1e-6)
+    np.testing.assert_allclose(found.rewards[:, 0].numpy(), rewards, rtol=1e-6)
+    np.testing.assert_array_equal(found.actions.numpy(), buffer.actions[place, e])
+    dones = buffer.dones[place, e] * (1 - buffer.timeouts[place, e])
+    np.testing.assert_array_equal(found.dones[:, 0].numpy(), dones)
+    # a row that a memory-optimised buffer is about to write is never drawn
+    buffer.bind(critics_of(model), seed=0)
+    for _ in range(30):
+        batch = buffer.sample(64, env=env if normalize else None)
+        assert len(batch.rewards) == 64
+        if optimize:
+            gone = torch.as_tensor(buffer.observations[buffer.pos])
+            raw = (
+                batch.observations
+                if not normalize
+                else torch.as_tensor(env.unnormalize_obs(batch.observations.numpy()))
+            )
+            assert not any((raw - row).abs().max(dim=1).values.min() < 1e-4 for row in gone)
+
+
+def test_all_rows_are_equally_likely_over_batches() -> None:
+    model = clustered(SAC, buffer={"refresh_interval": 10**6}, buffer_size=60)
+    model.learn(100, callback=C4Callback())
+    buffer = model.replay_buffer
+    buffer.bind(critics_of(model), seed=0)
+    keys = {tuple(np.round(row, 5)): i for i, row in enumerate(buffer.observations[:, 0].tolist())}
+    counts = np.zeros(60)
+    for _ in range(400):
+        for row in buffer.sample(60).observations.tolist():
+            counts[keys[tuple(np.round(row, 5))]] += 1
+    assert buffer.probabilities.min() > 0.02
+    assert counts.sum() == 24_000
+    # clusters make counts of rows in one cluster go together: wider than multinomial
+    assert abs(counts / 400 - 1).max() < 0.6
+
+
+def test_dictionaries_images_and_n_steps_train() -> None:
+    penalty = CovariancePenalty(0.1, scale="relative")
+    for n_envs in (1, 4):
+        env = DummyVecEnv([lambda: Toy("dict")] * n_envs)
+        model = clustered(SAC, env, cls=ClusteredDictReplayBuffer, policy="MultiInputPolicy")
+        model.learn(120, callback=C4Callback(penalty))
+        assert model.replay_buffer.c4_metrics["cross_covariance"] > 0
+        env = DummyVecEnv([Toy] * n_envs)
+        model = clustered(TD3, env, cls=ClusteredNStepReplayBuffer, buffer={"n_steps": 3, "gamma": 0.9})
+        model.learn(120, callback=C4Callback(penalty))
+        assert model.replay_buffer.last_batch is None
+    for algorithm, share in ((DQN, False), (SAC, False), (SAC, True)):
+        kwargs: dict[str, Any] = {"net_arch": [16]}
+        if algorithm is SAC:
+            kwargs["share_features_extractor"] = share
+        model = clustered(
+            algorithm, Toy("image", algorithm is DQN), policy="CnnPolicy", policy_kwargs=kwargs, buffer_size=100
+        )
+        model.learn(26, callback=C4Callback(penalty))
+        assert model.replay_buffer.c4_metrics["cross_covariance"] > 0
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_hindsight_relabels_the_share_that_the_host_does(n_envs: int) -> None:
+    env = DummyVecEnv([Goal] * n_envs)
+    model = clustered(
+        SAC,
+        env,
+        cls=ClusteredHerReplayBuffer,
+        policy="MultiInputPolicy",
+        buffer={"n_sampled_goal": 4},
+        learning_starts=60,
+        buffer_size=240,
+    )
+    model.learn(600, callback=C4Callback(CovariancePenalty(0.1, scale="relative")))
+    buffer = model.replay_buffer
+    assert buffer.full
+    assert buffer.c4_metrics["cross_covariance"] > 0
+    buffer.bind(critics_of(model), seed=0)
+    known = {tuple(goal) for goal in np.round(buffer.observations["desired_goal"].reshape(-1, 2), 4).tolist()}
+    reached = {tuple(goal) for goal in np.round(buffer.next_observations["achieved_goal"].reshape(-1, 2), 4).tolist()}
+    for _ in range(5):
+        batch = buffer.sample(50)
+        goals = [tuple(goal) for goal in np.round(batch.observations["desired_goal"].numpy(), 4).tolist()]
+        assert len(goals) == 50
+        assert sum(goal in known for goal in goals) == 50 - int(buffer.her_ratio * 50) == 10
+        assert sum(goal in reached for goal in goals) == 40
+        rows = {tuple(row) for row in np.round(buffer.observations["observation"].reshape(-1, 2), 4).tolist()}
+        assert all(tuple(row) in rows for row in np.round(batch.observations["observation"].numpy(), 4).tolist())
+
+
+class Goal(gymnasium.Env[Any, Any]):
+    """A point that walks at random to a goal, by goals that HER may change."""
+
+    def __init__(self) -> None:
+        box = spaces.Box(-100, 100, (2,), dtype=np.float32)
+        self.observation_space = spaces.Dict({"observation": box, "achieved_goal": box, "desired_goal": box})
+        self.action_space = spaces.Box(-1, 1, (2,), dtype=np.float32)
+        self.noise = np.random.default_rng(0)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        self.place, self.goal = np.zeros((2, 2), np.float32) + self.noise.normal(size=(2, 2)).astype(np.float32)
+        self.steps = 0
+        return self._observe(), {}
+
+    def step(self, action: Any) -> Any:
+        self.steps += 1
+        self.place = (self.place + action + 0.1 * self.noise.normal(size=2)).astype(np.float32)
+        reward = self.compute_reward(self.place, self.goal, {})
+        return self._observe(), float(reward), False, self.steps >= 12, {}
+
+    def compute_reward(self, achieved: Any, desired: Any, info: Any) -> Any:
+        return -np.linalg.norm(achieved - desired, axis=-1)
+
+    def _observe(self) -> Any:
+        return {"observation": self.place, "achieved_goal": self.place, "desired_goal": self.goal}
+
+
+def test_observations_without_a_gradient_are_refused() -> None:
+    env = DummyVecEnv([lambda: BitFlippingEnv(n_bits=4, continuous=True, max_steps=6)])
+    model = clustered(SAC, env, cls=ClusteredHerReplayBuffer, policy="MultiInputPolicy", learning_starts=60)
+    with pytest.raises(ValueError, match="observation_space: expected boxes"):
+        model.learn(150, callback=C4Callback())
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="model: expected an off-policy model, .* got PPO"):
+        critics_of(PPO("MlpPolicy", Toy(), device="cpu"))
+    with pytest.raises(ValueError, match="model: expected one with replay_buffer_class=.*, got .*a ReplayBuffer"):
+        model_of(SAC).learn(30, callback=C4Callback())
+    with pytest.raises(ValueError, match="n_clusters: expected an integer of at least 1, got 0"):
+        clustered(SAC, n_clusters=0)
+    with pytest.raises(ValueError, match="penalty: expected a callable"):
+        C4Callback(0.1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="penalty_every: expected an integer of at least 1"):
+        C4Callback(penalty_every=0)
+    with pytest.raises(ValueError, match="n_clusters: expected at most the .* that can be sampled, got 400"):
+        clustered(SAC, n_clusters=400).learn(30, callback=C4Callback())
+    with pytest.raises(ValueError, match="probabilities: expected a bound buffer"):
+        _ = clustered(SAC).replay_buffer.probabilities
+
+
+def test_gradients_are_those_of_the_critics_own_forward() -> None:
+    model = clustered(SAC)
+    model.learn(40, callback=C4Callback())
+    batch = transitions_of_samples(ReplayBuffer.sample(model.replay_buffer, 8))
+    critics = critics_of(model)
+    found = stacked_gradients(critics, batch)
+    observations, actions = batch.observations.clone().requires_grad_(), batch.actions.clone().requires_grad_()
+    q = torch.cat(model.critic(observations, actions), dim=1).mean(dim=1)
+    expected = torch.cat(torch.autograd.grad(q.sum(), [observations, actions]), dim=1)
+    torch.testing.assert_close(found[:, 5:], expected)
+
+
+def test_a_pickled_buffer_holds_no_networks() -> None:
+    model = clustered(SAC)
+    model.learn(40, callback=C4Callback())
+    plain = len(pickle.dumps(model.replay_buffer))
+    model.replay_buffer.bind(critics_of(model))
+    model.replay_buffer.sample(16)
+    assert len(pickle.dumps(model.replay_buffer)) < plain + 500
+    model.replay_buffer.unbind()
