@@ -7,6 +7,7 @@ from .buffers import (
     ClusteredReplayBuffer,
 )
 from .callback import C4Callback, attached
+from .offline import learn_offline
 from .reading import critics_of
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "ClusteredReplayBuffer",
     "attached",
     "critics_of",
+    "learn_offline",
 ]
