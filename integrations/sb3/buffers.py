@@ -136,6 +136,8 @@ class _Clustered(ReplayBuffer):
         if not self._sampler.clustered or self._since_refresh >= (self.refresh_interval or max(1000, rows // 10)):
             self._refresh(env)
         self._since_refresh += 1
+        if not self._sampler.clustered:  # nothing can be sampled yet: the host says so
+            return super().sample(batch_size, env=env)
         chosen, self.cluster = self._valid_rows(batch_size)
         self._batch = self._training_samples(chosen, env)
         return self._batch
@@ -146,6 +148,10 @@ class _Clustered(ReplayBuffer):
         assert self._sampler is not None
         started = time.perf_counter()
         rows = np.flatnonzero(self._is_valid(np.arange(self._stored_rows())))
+        if len(rows) == 0:
+            return
+        if len(rows) < self.n_clusters:
+            fail("n_clusters", f"at most the {len(rows)} transitions that can be sampled", self.n_clusters)
         embed = stacked_gradients if self.embedding == "gradients" else stacked_features
         state = np.random.get_state()  # the host's reading draws from the global generator
         try:
@@ -156,8 +162,6 @@ class _Clustered(ReplayBuffer):
         finally:
             np.random.set_state(state)
         embeddings = torch.cat(parts)
-        if len(rows) < self.n_clusters:
-            fail("n_clusters", f"at most the {len(rows)} transitions that can be sampled", self.n_clusters)
         found = self._clusterer(embeddings, None).cpu()
         # rows that can not be sampled now are as those that no clustering has seen
         responsibilities = found.mean(dim=0).expand(self._stored_rows(), -1).clone()

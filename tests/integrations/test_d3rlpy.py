@@ -596,7 +596,7 @@ def test_other_algorithms_are_refused() -> None:
 
     algo = TD3PlusBCConfig().create()
     algo.__class__ = Changed
-    with pytest.raises(ValueError, match="algo: expected one of AWAC, BCQ, BEAR, .*, got Changed"):
+    with pytest.raises(ValueError, match="algo: expected one of ACTIVE, AWAC, BCQ, BEAR, .*, got Changed"):
         wrap(algo)
 
 

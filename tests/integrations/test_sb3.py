@@ -396,6 +396,12 @@ class Goal(gymnasium.Env[Any, Any]):
         return {"observation": self.place, "achieved_goal": self.place, "desired_goal": self.goal}
 
 
+def test_hindsight_before_the_first_episodes_end_is_the_hosts_error() -> None:
+    model = clustered(SAC, Goal(), cls=ClusteredHerReplayBuffer, policy="MultiInputPolicy", learning_starts=5)
+    with pytest.raises(RuntimeError, match="Unable to sample before the end of the first episode"):
+        model.learn(8, callback=C4Callback())
+
+
 def test_observations_without_a_gradient_are_refused() -> None:
     env = DummyVecEnv([lambda: BitFlippingEnv(n_bits=4, continuous=True, max_steps=6)])
     model = clustered(SAC, env, cls=ClusteredHerReplayBuffer, policy="MultiInputPolicy", learning_starts=60)
