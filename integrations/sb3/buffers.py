@@ -26,7 +26,8 @@ from c4buffer._checks import check_choice, check_integer, fail
 from .reading import transitions_of_samples
 
 CHUNK_ROWS = 4096  # read and embedded at once
-LIVE = {"_critics": None, "_sampler": None, "_batch": None, "_clusterer": None, "_generator": None}  # never pickled
+LIVE = {"_critics": None, "_sampler": None, "_batch": None, "_clusterer": None}  # while bound; never copied or pickled
+WIDEST_NORMS = 1024  # columns of a covariance whose norms are taken
 
 
 class _Clustered(ReplayBuffer):
@@ -44,7 +45,7 @@ class _Clustered(ReplayBuffer):
     _critics: Critics | None
     _sampler: SingleClusterSampler | None
     _clusterer: ReducedClusterer
-    _generator: torch.Generator
+    _generator: torch.Generator | None
 
     def __init__(
         self,
@@ -65,6 +66,9 @@ class _Clustered(ReplayBuffer):
         if c4_seed is not None:
             check_integer("c4_seed", c4_seed, minimum=0)
         super().__init__(*arguments, **options)
+        if n_clusters > self.buffer_size * self.n_envs:
+            fail("n_clusters", f"at most the {self.buffer_size * self.n_envs} transitions of the buffer", n_clusters)
+        self._generator = None
         self.n_clusters = n_clusters
         self.embedding = embedding
         self.refresh_interval = refresh_interval
@@ -84,9 +88,11 @@ class _Clustered(ReplayBuffer):
             critics: as `critics_of(model)` gives them.
             seed: where `c4_seed` is None. None: torch's initial seed.
         """
-        seed = self.c4_seed if self.c4_seed is not None else seed
+        if self._generator is None:  # another binding goes on with the random numbers of the last one
+            seed = self.c4_seed if self.c4_seed is not None else seed
+            self._generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
         self._critics = critics
-        self._generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
+        self.c4_metrics = {}
         self._sampler = SingleClusterSampler(
             generator=self._generator, assignment=self.assignment, replacement=self.replacement
         )
@@ -132,14 +138,16 @@ class _Clustered(ReplayBuffer):
         rows = self._stored_rows()
         if self._sampler.size != rows:  # filled by other means than `add`
             assert self._critics is not None
-            self.bind(self._critics, seed=int(torch.randint(2**31, (1,), generator=self._generator)))
+            self.bind(self._critics)
         if not self._sampler.clustered or self._since_refresh >= (self.refresh_interval or max(1000, rows // 10)):
             self._refresh(env)
         self._since_refresh += 1
-        if not self._sampler.clustered:  # nothing can be sampled yet: the host says so
-            return super().sample(batch_size, env=env)
-        chosen, self.cluster = self._valid_rows(batch_size)
-        self._batch = self._training_samples(chosen, env)
+        chosen = self._valid_rows(batch_size) if self._sampler.clustered else None
+        if chosen is None:  # too few rows to cluster, or none that can be sampled, which the host says
+            self.cluster = -1
+            self._batch = super().sample(batch_size, env=env)
+        else:
+            self._batch = self._training_samples(chosen, env)
         return self._batch
 
     def _refresh(self, env: Any) -> None:
@@ -148,10 +156,8 @@ class _Clustered(ReplayBuffer):
         assert self._sampler is not None
         started = time.perf_counter()
         rows = np.flatnonzero(self._is_valid(np.arange(self._stored_rows())))
-        if len(rows) == 0:
-            return
         if len(rows) < self.n_clusters:
-            fail("n_clusters", f"at most the {len(rows)} transitions that can be sampled", self.n_clusters)
+            return
         embed = stacked_gradients if self.embedding == "gradients" else stacked_features
         state = np.random.get_state()  # the host's reading draws from the global generator
         try:
@@ -168,28 +174,39 @@ class _Clustered(ReplayBuffer):
         responsibilities[torch.from_numpy(rows)] = found
         self._sampler.assign(responsibilities)
         self._since_refresh = 0
-        pair = embeddings.double().chunk(2, dim=1)
-        total, within, between = decompose_cross_covariance(pair[0], pair[1], found.to(pair[0]))
+        norms = [float("nan")] * 3
+        if embeddings.shape[1] <= 2 * WIDEST_NORMS:
+            pair = embeddings.double().chunk(2, dim=1)
+            parts = list(decompose_cross_covariance(pair[0], pair[1], found.to(pair[0])))
+            norms = [float(torch.linalg.matrix_norm(part)) for part in parts]
         self.c4_metrics = {
-            "cross_covariance": float(torch.linalg.matrix_norm(total)),
-            "within_cross_covariance": float(torch.linalg.matrix_norm(within)),
-            "between_cross_covariance": float(torch.linalg.matrix_norm(between)),
+            "cross_covariance": norms[0],
+            "within_cross_covariance": norms[1],
+            "between_cross_covariance": norms[2],
             "smallest_probability": float(self._sampler.probabilities.min()),
             "refresh_seconds": time.perf_counter() - started,
         }
 
-    def _valid_rows(self, batch_size: int) -> tuple[np.ndarray, int]:
-        """Rows of one cluster; in the place of those that can not be sampled just now, others of the same batch."""
+    def _valid_rows(self, batch_size: int) -> np.ndarray | None:
+        """Rows of one cluster; those that can not be sampled just now are drawn again, from those that can. Or None."""
         assert self._sampler is not None
-        while True:
-            chosen, cluster = self._sampler.sample(batch_size)
-            valid = self._is_valid(chosen.numpy())
-            if valid.all():
-                return chosen.numpy(), cluster
-            if valid.any():
-                others = chosen.numpy()[valid]
-                places = torch.randint(len(others), (batch_size - len(others),), generator=self._generator)
-                return np.concatenate([others, others[places.numpy()]]), cluster
+        drawn, self.cluster = self._sampler.sample(batch_size)
+        chosen: np.ndarray = drawn.numpy()
+        valid = self._is_valid(chosen)
+        if valid.all():
+            return chosen
+        rows = np.flatnonzero(self._is_valid(np.arange(self._stored_rows())))
+        if len(rows) == 0:
+            return None
+        weights = self._sampler.responsibilities[torch.from_numpy(rows), self.cluster].double()
+        if float(weights.sum()) == 0:
+            weights = torch.ones(len(rows), dtype=torch.float64)
+        uniforms = torch.rand(int((~valid).sum()), dtype=torch.float64, generator=self._generator)
+        ends = weights.cumsum(dim=0)
+        places = torch.searchsorted(ends, uniforms * ends[-1], right=True).clamp(max=len(rows) - 1)
+        chosen = chosen.copy()
+        chosen[~valid] = rows[places.numpy()]
+        return chosen
 
     def _stored_rows(self) -> int:
         return (self.buffer_size if self.full else self.pos) * self.n_envs
@@ -238,13 +255,13 @@ class _Clustered(ReplayBuffer):
 
     def __copy__(self) -> Any:
         view = object.__new__(type(self))
-        vars(view).update(vars(self))
+        vars(view).update({**vars(self), **LIVE})
         return view
 
     def __getstate__(self) -> dict[str, Any]:
         inherited = getattr(super(), "__getstate__", None)
         state = inherited() if inherited is not None else None
-        return {**(state if isinstance(state, dict) else vars(self)), **LIVE}
+        return {**(state if isinstance(state, dict) else vars(self)), **LIVE, "_generator": None}
 
 
 class ClusteredReplayBuffer(_Clustered):

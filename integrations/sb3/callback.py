@@ -97,10 +97,13 @@ class _Attachment:
         self.critics, self.penalty, self.every = critics, penalty, penalty_every
         self.buffer: Any = model.replay_buffer
         self.optimizer = optimizer_of(model)
+        self.shared = _shared_parameters(model)
+        self.before: Any = None
         self.steps = 0
         self.last_penalty: torch.Tensor | None = None
         self.buffer.bind(critics, seed=model.seed)
         if penalty is not None and getattr(penalty, "weight", 1) > 0:
+            self.before = vars(self.optimizer).get("zero_grad")
             clear: Callable[..., None] = self.optimizer.zero_grad
             self.optimizer.zero_grad = lambda *a, **k: self._cleared(clear, *a, **k)  # type: ignore[method-assign]
 
@@ -109,7 +112,12 @@ class _Attachment:
         due, self.steps = self.steps % self.every == 0, self.steps + 1
         if not due or self.buffer.last_batch is None:
             return
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        parameters = [
+            parameter
+            for group in self.optimizer.param_groups
+            for parameter in group["params"]
+            if id(parameter) not in self.shared
+        ]
         penalty = self.penalty(self.critics, transitions_of_samples(self.buffer.last_batch))
         self.last_penalty = penalty.detach()
         for parameter, gradient in zip(parameters, _gradients(self.every * penalty, parameters)):
@@ -127,7 +135,17 @@ class _Attachment:
 
     def remove(self) -> None:
         vars(self.optimizer).pop("zero_grad", None)
+        if self.before is not None:
+            self.optimizer.zero_grad = self.before  # type: ignore[method-assign]
         self.buffer.unbind()
+
+
+def _shared_parameters(model: Any) -> set[int]:
+    """Of a feature extractor that learns by the actor's loss alone, though TD3's critic optimizer holds it."""
+    critic = getattr(model, "critic", None)
+    if not getattr(critic, "share_features_extractor", False):
+        return set()
+    return set(map(id, model.critic.features_extractor.parameters()))
 
 
 def _gradients(loss: torch.Tensor, parameters: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:

@@ -27,7 +27,8 @@ def learn_offline(
     they see an environment's. What the replay buffer held is replaced by the transitions.
 
     Args:
-        model: an off-policy model with one environment, whose spaces are those of the data; it need not do more.
+        model: an off-policy model with one environment, whose spaces are those of the data; beyond them, only its
+            `reset` is called. Statistics of a VecNormalize stay as they are.
         transitions: with actions in the environment's own units.
         total_timesteps: how many.
         callback, progress_bar: as in `learn`.
@@ -44,15 +45,29 @@ def learn_offline(
     check_integer("total_timesteps", total_timesteps, minimum=1)
     if not isinstance(model, OffPolicyAlgorithm):
         fail("model", "an off-policy model, which learns from a replay buffer", type(model).__name__)
+    normalizing: Any = model.get_vec_normalize_env()
+    if normalizing is not None and _seen(normalizing) < 1:
+        fail(
+            "model", "a VecNormalize with statistics, loaded or from steps taken, or none", "one that has seen nothing"
+        )
     fill(model, transitions)
-    online = type(model)
-    starts, model.learning_starts = model.learning_starts, 0
+    online, updating = type(model), normalizing is not None and normalizing.training
     model.__class__ = _offline_class(online)
+    if updating:
+        normalizing.training = False
     try:
         return model.learn(total_timesteps, callback=callback, progress_bar=progress_bar)
     finally:
         model.__class__ = online
-        model.learning_starts = starts
+        if updating:
+            normalizing.training = True
+
+
+def _seen(normalizing: Any) -> float:
+    """How many observations, or returns, its statistics are of."""
+    statistics = getattr(normalizing, "obs_rms", None) or normalizing.ret_rms
+    statistics = next(iter(statistics.values())) if isinstance(statistics, dict) else statistics
+    return float(statistics.count)
 
 
 def fill(model: Any, transitions: Transitions) -> None:
@@ -81,7 +96,7 @@ def fill(model: Any, transitions: Transitions) -> None:
     terminals, timeouts = (part.cpu().numpy() for part in (transitions.terminals, transitions.timeouts))
     buffer.rewards[:rows, 0] = transitions.rewards.cpu().numpy()
     buffer.dones[:rows, 0] = np.maximum(terminals, timeouts)
-    buffer.timeouts[:rows, 0] = timeouts * (1 - terminals)
+    buffer.timeouts[:rows, 0] = timeouts * (1 - terminals) if buffer.handle_timeout_termination else 0
     buffer.pos = rows % buffer.buffer_size
     buffer.full = rows == buffer.buffer_size
 
@@ -97,9 +112,18 @@ def _arrays(observations: Any) -> Any:
 def _actions(model: Any, transitions: Transitions) -> np.ndarray:
     actions: np.ndarray = transitions.actions.cpu().numpy()
     if isinstance(model.action_space, spaces.Box) and actions.dtype.kind == "f":
+        actions = actions.reshape(len(actions), -1)
+        low, high = model.action_space.low.reshape(-1), model.action_space.high.reshape(-1)
+        rounding = 1e-3 * (high - low)
+        if actions.shape[1] == len(low) and ((actions < low - rounding) | (actions > high + rounding)).any():
+            fail("transitions", f"actions in {model.action_space}", f"from {actions.min():.3g} to {actions.max():.3g}")
+        if actions.shape[1] != len(low):
+            fail("transitions", f"actions of {model.action_space}", f"[N, {actions.shape[1]}]")
         scaled: np.ndarray = model.policy.scale_action(actions.reshape(len(actions), *model.action_space.shape))
         return scaled.reshape(len(actions), -1)
     if isinstance(model.action_space, spaces.Discrete) and actions.dtype.kind == "i":
+        if actions.min() < 0 or actions.max() >= model.action_space.n:
+            fail("transitions", f"actions in {model.action_space}", f"from {actions.min()} to {actions.max()}")
         return actions.reshape(-1, 1)
     return fail("transitions", f"actions of {model.action_space}", f"{actions.dtype} {list(actions.shape)}")
 
@@ -114,6 +138,8 @@ def _check_space(name: str, column: Any, held: Any) -> None:
 
 class _Offline(OffPolicyAlgorithm):
     """Steps no environment: the timestep counter, callbacks and schedules go on."""
+
+    learning_starts: Any = property(lambda self: 0)  # what the model has stays, and is what checkpoints hold
 
     def collect_rollouts(self, env: Any, callback: Any, *arguments: Any, **options: Any) -> RolloutReturn:
         callback.on_rollout_start()

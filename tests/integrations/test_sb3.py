@@ -337,7 +337,7 @@ def test_dictionaries_images_and_n_steps_train() -> None:
             algorithm, Toy("image", algorithm is DQN), policy="CnnPolicy", policy_kwargs=kwargs, buffer_size=100
         )
         model.learn(26, callback=C4Callback(penalty))
-        assert model.replay_buffer.c4_metrics["cross_covariance"] > 0
+        assert model.replay_buffer.c4_metrics["smallest_probability"] > 0
 
 
 @pytest.mark.parametrize("n_envs", [1, 3])
@@ -402,6 +402,53 @@ def test_hindsight_before_the_first_episodes_end_is_the_hosts_error() -> None:
         model.learn(8, callback=C4Callback())
 
 
+def test_hindsight_with_few_whole_episodes_still_draws_all_their_rows() -> None:
+    env = DummyVecEnv([Goal])
+    options: dict[str, Any] = {"cls": ClusteredHerReplayBuffer, "policy": "MultiInputPolicy", "learning_starts": 30}
+    model = clustered(SAC, env, buffer_size=400, **options)
+    model.learn(120, callback=C4Callback())
+    buffer = model.replay_buffer
+    buffer.ep_length[36:] = 0  # as if one long episode were under way
+    buffer.bind(critics_of(model))
+    buffer.sample(64)
+    batches = [buffer.sample(64).observations["observation"].numpy() for _ in range(30)]
+    seen = {tuple(row) for row in np.round(np.concatenate(batches), 4).tolist()}
+    assert len(seen) == 36
+    buffer.ep_length[:] = 0
+    with pytest.raises(RuntimeError, match="Unable to sample before the end of the first episode"):
+        buffer.sample(64)
+
+
+def test_too_few_rows_are_not_clustered_yet() -> None:
+    model = clustered(SAC, learning_starts=0)
+    model.learn(3, callback=C4Callback(CovariancePenalty(0.0)))
+    loaded = clustered(SAC, learning_starts=2)
+    loaded.learn(8, callback=C4Callback(CovariancePenalty(0.1, scale="relative")))
+    assert loaded.replay_buffer.c4_metrics["cross_covariance"] >= 0
+
+
+def test_each_binding_goes_on_with_the_random_numbers_of_the_last() -> None:
+    model = clustered(SAC)
+    model.learn(60, callback=C4Callback())
+    batches = []
+    for _ in range(4):
+        with attached(model):
+            batches.append(model.replay_buffer.sample(32).observations)
+    assert not any(torch.equal(batches[0], other) for other in batches[1:])
+
+
+@pytest.mark.parametrize("algorithm", [SAC, TD3])
+def test_a_shared_feature_extractor_gets_no_gradient_of_the_penalty(algorithm: Any) -> None:
+    kwargs = {"net_arch": [16], "share_features_extractor": True}
+    model = clustered(algorithm, Toy("image"), n_clusters=1, policy="CnnPolicy", policy_kwargs=kwargs, buffer_size=60)
+    model.learn(20)
+    with attached(model, CovariancePenalty(0.1)):
+        model.replay_buffer.sample(8)
+        model.critic.optimizer.zero_grad()
+        assert all(parameter.grad is None for parameter in model.critic.features_extractor.parameters())
+        assert all(parameter.grad is not None for parameter in model.critic.qf0[:1].parameters() if parameter.ndim == 2)
+
+
 def test_observations_without_a_gradient_are_refused() -> None:
     env = DummyVecEnv([lambda: BitFlippingEnv(n_bits=4, continuous=True, max_steps=6)])
     model = clustered(SAC, env, cls=ClusteredHerReplayBuffer, policy="MultiInputPolicy", learning_starts=60)
@@ -420,8 +467,8 @@ def test_what_does_not_fit_is_refused() -> None:
         C4Callback(0.1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="penalty_every: expected an integer of at least 1"):
         C4Callback(penalty_every=0)
-    with pytest.raises(ValueError, match="n_clusters: expected at most the .* that can be sampled, got 400"):
-        clustered(SAC, n_clusters=400).learn(30, callback=C4Callback())
+    with pytest.raises(ValueError, match="n_clusters: expected at most the 500 transitions of the buffer, got 501"):
+        clustered(SAC, n_clusters=501)
     with pytest.raises(ValueError, match="probabilities: expected a bound buffer"):
         _ = clustered(SAC).replay_buffer.probabilities
 

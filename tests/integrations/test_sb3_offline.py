@@ -16,6 +16,7 @@ from stable_baselines3 import DQN, PPO, SAC, TD3
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from c4buffer import CovariancePenalty, Transitions
 
@@ -144,6 +145,26 @@ def test_an_error_leaves_the_model_as_it_was() -> None:
     assert model.learning_starts == 20
 
 
+def test_checkpoints_keep_the_models_own_settings(tmp_path: Path) -> None:
+    model = offline_model(SAC)
+    learn_offline(model, data(), 10, callback=CheckpointCallback(5, str(tmp_path)))
+    assert SAC.load(tmp_path / "rl_model_5_steps.zip", device="cpu").learning_starts == 20
+    assert model.learning_starts == 20
+
+
+def test_statistics_of_a_normalising_environment_stay_as_they_are() -> None:
+    env = VecNormalize(DummyVecEnv([Toy]))
+    transitions = data().replace(actions=data().actions.clamp(-1, 1))
+    model = model_of(SAC, env)
+    with pytest.raises(ValueError, match="model: expected a VecNormalize with statistics"):
+        learn_offline(model, transitions, 5)
+    model.learn(50)
+    mean = env.obs_rms.mean.copy()
+    learn_offline(model, transitions, 5)
+    np.testing.assert_array_equal(env.obs_rms.mean, mean)
+    assert env.training
+
+
 def test_what_does_not_fit_is_refused_and_the_buffer_keeps_what_it_has() -> None:
     model = learn_offline(offline_model(SAC), data(100), 1)
     wrong = data().replace(observations=torch.zeros(300, 4), next_observations=torch.zeros(300, 4))
@@ -151,6 +172,7 @@ def test_what_does_not_fit_is_refused_and_the_buffer_keeps_what_it_has() -> None
         (data(501), "transitions: expected at most buffer_size, 500, got 501"),
         (wrong, "transitions: expected observations of shape .*, as the model's spaces have it"),
         (data(discrete=True), "transitions: expected actions of Box"),
+        (data().replace(actions=data().actions * 9), "transitions: expected actions in Box.*, got from"),
     ):
         with pytest.raises(ValueError, match=message):
             learn_offline(model, transitions, 1)
