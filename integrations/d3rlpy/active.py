@@ -291,7 +291,7 @@ class _Density(nn.Module):
 
 
 def new_value_functions(observation_shape: Any, encoder_factory: EncoderFactory, n_members: int) -> nn.Module:
-    """observations -> [m, B]: all members at once where the factory makes perceptrons with ReLU, else one by one."""
+    """observations -> [m, B]: a VEnsemble where the factory makes perceptrons with ReLU, else m networks of its own."""
     first = create_value_function(observation_shape, encoder_factory, "cpu:0", False)
     if type(first._encoder) is VectorEncoder:
         layers = list(first._encoder._layers)

@@ -463,7 +463,7 @@ def test_two_ranks_end_with_the_same_networks_and_draw_batches_of_their_own(conf
     assert not torch.equal(drawn_first, drawn_second)
 
 
-def test_a_dataset_of_frames_can_be_a_replay_buffer_loaded_from_a_file(tmp_path: Path) -> None:
+def test_a_dataset_that_was_dumped_and_loaded_gives_the_same_transitions(tmp_path: Path) -> None:
     dataset = dataset_of(episodes())
     with (tmp_path / "data.h5").open("w+b") as file:
         dataset.dump(file)
