@@ -2,8 +2,7 @@
 
     python benchmarks/temperature_starts.py             # run what is missing, append to results, draw the picture
 
-ACTIVE-I in d3rlpy on 10,000 transitions of hopper medium-expert, default settings but for beta's start and a learning
-rate of 0.003 (ten times the default, so that the way from far starts is short).
+ACTIVE-I in d3rlpy on 10,000 transitions of hopper medium-expert, default settings but for beta's start.
 """
 
 from __future__ import annotations
@@ -13,10 +12,14 @@ import contextlib
 import io
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
 from c4buffer import load_d4rl
+
+sys.path.append(str(Path(__file__).parent / "study"))
+from products import use_onednn
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "temperature_starts.jsonl"
@@ -39,7 +42,6 @@ def learn(start: float, updates: int) -> dict[str, Any]:
     d3rlpy.seed(0)
     algo = ACTIVEConfig(
         initial_beta=start,
-        beta_learning_rate=0.003,
         observation_scaler=d3rlpy.preprocessing.StandardObservationScaler(),
         reward_scaler=d3rlpy.preprocessing.ReturnBasedRewardScaler(multiplier=1000.0),
     ).create("cpu")
@@ -89,8 +91,9 @@ def finished(updates: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--updates", type=int, default=15_000)
+    parser.add_argument("--updates", type=int, default=10_000)
     arguments = parser.parse_args()
+    use_onednn()
     for start in STARTS:
         if start not in {run["start"] for run in finished(arguments.updates)}:
             run = learn(start, arguments.updates)

@@ -15,6 +15,7 @@ import copy
 import itertools
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,14 @@ from torch import nn
 
 from c4buffer import ClusteredReplayBuffer, VEnsemble, VEnsembleAdvantage, expectile_value_loss, load_d4rl
 
+sys.path.append(str(Path(__file__).parent / "study"))
+from products import use_onednn
+
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "value_overestimate.jsonl"
 PICTURE = ROOT / "docs" / "images" / "value_overestimate.png"
 GAMMA, ETA, TAU = 0.99, 0.005, 0.95
-MEMBERS = (1, 4, 10)
+MEMBERS = (1, 4)
 SEEDS = range(5)
 EVERY = 1000
 
@@ -124,10 +128,11 @@ def draw(runs: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="hopper-medium-replay")
-    parser.add_argument("--updates", type=int, default=50_000)
+    parser.add_argument("--updates", type=int, default=30_000)
     parser.add_argument("--members", type=int, nargs="+", default=MEMBERS)
     parser.add_argument("--list", action="store_true")
     arguments = parser.parse_args()
+    use_onednn()
     done = {(run["dataset"], run["members"], run["seed"], run["updates"]) for run in finished()}
     for seed, members in itertools.product(SEEDS, arguments.members):
         key = (arguments.dataset, members, seed, arguments.updates)

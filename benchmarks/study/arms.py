@@ -89,6 +89,7 @@ TARGETS: dict[str, dict[str, Any]] = {
     "quantile-0.5": {"method": "quantile", "quantile": 0.5},
 }
 ARMS.update({name: Arm(target=options) for name, options in TARGETS.items()})
+ARMS["beta-3e-4"] = Arm(active={"beta_learning_rate": 3e-4})
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,15 @@ GRIDS = {
         updates=25_000,
         evaluate_every=2_500,
         bases=("active_i",),
+        beside=("active",),
+    ),
+    "beta": Grid(
+        datasets=("hopper-medium-expert", "hopper-medium-replay"),
+        arms=("beta-3e-4",),
+        seeds=(0,),
+        updates=25_000,
+        evaluate_every=2_500,
+        bases=("active_i", "active_s"),
         beside=("active",),
     ),
     "toy": Grid(

@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("grid", choices=sorted(GRIDS))
     parser.add_argument("--arms", nargs="+", help="only these")
     parser.add_argument("--datasets", nargs="+", help="only these")
+    parser.add_argument("--bases", nargs="+", help="only these")
     parser.add_argument("--seeds", nargs="+", type=int, help="only these")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -109,6 +110,7 @@ def main() -> None:
         for settings in settings_of(GRIDS[arguments.grid])
         if (arguments.arms is None or settings["arm"] in arguments.arms)
         and (arguments.datasets is None or settings["dataset"] in arguments.datasets)
+        and (arguments.bases is None or settings["base"] in arguments.bases)
         and (arguments.seeds is None or settings["seed"] in arguments.seeds)
     ]
     missing = [settings for settings in chosen if key_of(settings) not in done]

@@ -66,7 +66,7 @@ class ACTIVEConfig(LearnableConfig):
     max_weight: float = 100.0
     likelihood_target: Union[str, float, None] = "auto"
     initial_beta: float = 1.0
-    beta_learning_rate: float = 3e-4
+    beta_learning_rate: float = 3e-3
     max_beta: Optional[float] = None
     q_weight: float = 1.0
 
