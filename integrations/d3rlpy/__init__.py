@@ -4,7 +4,8 @@ from .active_config import ACTIVEConfig
 from .algorithm import wrap
 from .config import C4Config
 from .dataset import transitions_of
+from .episodes import dataset_of
 from .measuring import measure
 from .reading import critics_of
 
-__all__ = ["ACTIVEConfig", "C4Config", "critics_of", "measure", "transitions_of", "wrap"]
+__all__ = ["ACTIVEConfig", "C4Config", "critics_of", "dataset_of", "measure", "transitions_of", "wrap"]

@@ -106,6 +106,11 @@ class _Clustered(ReplayBuffer):
         vars(self).update(LIVE)
         self.cluster = -1
 
+    def forget_clusters(self) -> None:
+        """While bound: cluster anew with the next batch, as after other rows have been put in than by `add`."""
+        if self._critics is not None:
+            self.bind(self._critics)
+
     @property
     def last_batch(self) -> Any:
         """What `sample` gave last, while bound; for the penalty."""
@@ -137,8 +142,7 @@ class _Clustered(ReplayBuffer):
             return self._batch
         rows = self._stored_rows()
         if self._sampler.size != rows:  # filled by other means than `add`
-            assert self._critics is not None
-            self.bind(self._critics)
+            self.forget_clusters()
         if not self._sampler.clustered or self._since_refresh >= (self.refresh_interval or max(1000, rows // 10)):
             self._refresh(env)
         self._since_refresh += 1

@@ -5,15 +5,13 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import numpy as np
-from gymnasium import spaces
-from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import RolloutReturn
-from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from c4buffer import Transitions
 from c4buffer._checks import check_integer, fail
+
+from .conversion import fill_replay_buffer
 
 LOGGED_EVERY = 1000  # timesteps; the host logs at the ends of episodes, of which there are none
 
@@ -50,7 +48,7 @@ def learn_offline(
         fail(
             "model", "a VecNormalize with statistics, loaded or from steps taken, or none", "one that has seen nothing"
         )
-    fill(model, transitions)
+    fill_replay_buffer(model, transitions)
     online, updating = type(model), normalizing is not None and normalizing.training
     model.__class__ = _offline_class(online)
     if updating:
@@ -68,72 +66,6 @@ def _seen(normalizing: Any) -> float:
     statistics = getattr(normalizing, "obs_rms", None) or normalizing.ret_rms
     statistics = next(iter(statistics.values())) if isinstance(statistics, dict) else statistics
     return float(statistics.count)
-
-
-def fill(model: Any, transitions: Transitions) -> None:
-    """Replace what the model's replay buffer holds: as a loop of `add` in one environment would leave it."""
-    buffer: Any = model.replay_buffer
-    if not isinstance(buffer, ReplayBuffer) or isinstance(buffer, HerReplayBuffer):
-        fail("model", "one with a replay buffer of transitions, without hindsight", type(buffer).__name__)
-    if buffer.n_envs != 1 or buffer.optimize_memory_usage:
-        fail("model", "one environment and optimize_memory_usage=False", "another setting")
-    rows = len(transitions)
-    if rows > buffer.buffer_size:
-        fail("transitions", f"at most buffer_size, {buffer.buffer_size}", rows)
-    columns = {
-        "observations": _arrays(transitions.observations),
-        "next_observations": _arrays(transitions.next_observations),
-        "actions": _actions(model, transitions),
-    }
-    for name, column in columns.items():
-        _check_space(name, column, getattr(buffer, name))
-    buffer.reset()
-    for name, column in columns.items():
-        held = getattr(buffer, name)
-        for key, target in held.items() if isinstance(held, dict) else [(None, held)]:
-            source = column if key is None else column[key]
-            target[:rows, 0] = source.reshape(target[:rows, 0].shape)
-    terminals, timeouts = (part.cpu().numpy() for part in (transitions.terminals, transitions.timeouts))
-    buffer.rewards[:rows, 0] = transitions.rewards.cpu().numpy()
-    buffer.dones[:rows, 0] = np.maximum(terminals, timeouts)
-    buffer.timeouts[:rows, 0] = timeouts * (1 - terminals) if buffer.handle_timeout_termination else 0
-    buffer.pos = rows % buffer.buffer_size
-    buffer.full = rows == buffer.buffer_size
-
-
-def _arrays(observations: Any) -> Any:
-    if isinstance(observations, dict):
-        return {key: part.cpu().numpy() for key, part in observations.items()}
-    if isinstance(observations, tuple):
-        fail("transitions", "observations as a tensor or a dict, as SB3 has them", "a tuple")
-    return observations.cpu().numpy()
-
-
-def _actions(model: Any, transitions: Transitions) -> np.ndarray:
-    actions: np.ndarray = transitions.actions.cpu().numpy()
-    if isinstance(model.action_space, spaces.Box) and actions.dtype.kind == "f":
-        actions = actions.reshape(len(actions), -1)
-        low, high = model.action_space.low.reshape(-1), model.action_space.high.reshape(-1)
-        rounding = 1e-3 * (high - low)
-        if actions.shape[1] == len(low) and ((actions < low - rounding) | (actions > high + rounding)).any():
-            fail("transitions", f"actions in {model.action_space}", f"from {actions.min():.3g} to {actions.max():.3g}")
-        if actions.shape[1] != len(low):
-            fail("transitions", f"actions of {model.action_space}", f"[N, {actions.shape[1]}]")
-        scaled: np.ndarray = model.policy.scale_action(actions.reshape(len(actions), *model.action_space.shape))
-        return scaled.reshape(len(actions), -1)
-    if isinstance(model.action_space, spaces.Discrete) and actions.dtype.kind == "i":
-        if actions.min() < 0 or actions.max() >= model.action_space.n:
-            fail("transitions", f"actions in {model.action_space}", f"from {actions.min()} to {actions.max()}")
-        return actions.reshape(-1, 1)
-    return fail("transitions", f"actions of {model.action_space}", f"{actions.dtype} {list(actions.shape)}")
-
-
-def _check_space(name: str, column: Any, held: Any) -> None:
-    """The rows' shape, by the buffer's own arrays [size, 1, ...]."""
-    expected = {key: part.shape[2:] for key, part in held.items()} if isinstance(held, dict) else held.shape[2:]
-    got = {key: part.shape[1:] for key, part in column.items()} if isinstance(column, dict) else column.shape[1:]
-    if expected != got:
-        fail("transitions", f"{name} of shape {expected}, as the model's spaces have it", got)
 
 
 class _Offline(OffPolicyAlgorithm):

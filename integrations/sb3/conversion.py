@@ -1,0 +1,165 @@
+"""What a model's replay buffer holds as Transitions, and back; and in a file without pickle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
+
+from c4buffer import Transitions
+from c4buffer._checks import fail
+
+from .buffers import _Clustered
+
+ENDS = ("terminals", "timeouts")
+
+
+def transitions_of(model: Any) -> Transitions:
+    """All rows of a model's replay buffer, as it got them: actions in the environment's units, nothing normalised.
+
+    Oldest first, one environment after the other; where an environment's rows stop in the middle of an episode, that
+    counts as a timeout. Rows of an n-step buffer are single steps, those of a hindsight buffer have the goals that they
+    had. Of a memory-optimised buffer that is full, one row of each environment is missing, as in its own samples.
+
+    Raises:
+        ValueError: for a model without a replay buffer, and for one that has seen nothing.
+    """
+    columns = _columns(model)
+    if isinstance(model.action_space, spaces.Box):
+        shape = (-1, *model.action_space.shape)
+        unscaled = model.policy.unscale_action(columns["actions"].reshape(shape))
+        columns["actions"] = unscaled.reshape(len(unscaled), -1)
+    else:
+        columns["actions"] = columns["actions"].reshape(-1).astype(np.int64)
+    return Transitions(**columns)
+
+
+def seen_transitions(model: Any) -> Transitions:
+    """The same as the networks see them, on the model's device: actions scaled to [-1, 1], all else normalised."""
+    columns, normalizing = _columns(model), model.get_vec_normalize_env()
+    if normalizing is not None:
+        for name in ("observations", "next_observations"):
+            columns[name] = normalizing.normalize_obs(columns[name])
+        columns["rewards"] = normalizing.normalize_reward(columns["rewards"]).astype(np.float32)
+    return Transitions(**columns).to(model.device)
+
+
+def fill_replay_buffer(model: Any, transitions: Transitions) -> None:
+    """Replace what the model's replay buffer holds: as a loop of `add` in one environment would leave it.
+
+    Args:
+        model: with one environment, whose buffer is not memory-optimised and has no hindsight.
+        transitions: with actions in the environment's units; their intervals must be 1.
+
+    Raises:
+        ValueError: for another model, and for transitions of other spaces or more than the buffer holds; the buffer is
+            unchanged then.
+    """
+    buffer: Any = model.replay_buffer
+    if not isinstance(buffer, ReplayBuffer) or isinstance(buffer, HerReplayBuffer):
+        fail("model", "one with a replay buffer of transitions, without hindsight", type(buffer).__name__)
+    if buffer.n_envs != 1 or buffer.optimize_memory_usage:
+        fail("model", "one environment and optimize_memory_usage=False", "another setting")
+    rows = len(transitions)
+    if rows > buffer.buffer_size:
+        fail("transitions", f"at most buffer_size, {buffer.buffer_size}", rows)
+    if bool((transitions.intervals != 1).any()):
+        fail("transitions", "single steps (a model's own n_steps makes more of them)", "intervals above 1")
+    columns = {
+        "observations": _arrays(transitions.observations),
+        "next_observations": _arrays(transitions.next_observations),
+        "actions": _actions(model, transitions),
+    }
+    for name, column in columns.items():
+        _check_space(name, column, getattr(buffer, name))
+    buffer.reset()
+    for name, column in columns.items():
+        held = getattr(buffer, name)
+        for key, target in held.items() if isinstance(held, dict) else [(None, held)]:
+            source = column if key is None else column[key]
+            target[:rows, 0] = source.reshape(target[:rows, 0].shape)
+    terminals, timeouts = (getattr(transitions, name).cpu().numpy() for name in ENDS)
+    buffer.rewards[:rows, 0] = transitions.rewards.cpu().numpy()
+    buffer.dones[:rows, 0] = np.maximum(terminals, timeouts)
+    buffer.timeouts[:rows, 0] = timeouts * (1 - terminals) if buffer.handle_timeout_termination else 0
+    buffer.pos = rows % buffer.buffer_size
+    buffer.full = rows == buffer.buffer_size
+    if isinstance(buffer, _Clustered):
+        buffer.forget_clusters()
+
+
+def _columns(model: Any) -> dict[str, Any]:
+    """The rows of all environments, actions and the rest as they are stored."""
+    buffer = getattr(model, "replay_buffer", None)
+    if not isinstance(buffer, ReplayBuffer):
+        fail("model", "an off-policy model, which has a replay buffer", type(model).__name__)
+    if buffer.size() == 0:
+        fail("model", "a replay buffer with at least one row", "an empty one")
+    positions = np.arange(buffer.pos)
+    if buffer.full:  # oldest first; a memory-optimised buffer has written over the oldest row's observation
+        oldest = buffer.pos + 1 if buffer.optimize_memory_usage else buffer.pos
+        positions = np.arange(oldest, buffer.pos + buffer.buffer_size) % buffer.buffer_size
+    timeouts = buffer.timeouts[positions] * buffer.dones[positions]
+    ends = {"terminals": buffer.dones[positions] - timeouts, "timeouts": timeouts}
+    ends["timeouts"][-1] = 1 - ends["terminals"][-1]  # of each environment
+    if buffer.optimize_memory_usage:
+        following = buffer.observations[(positions + 1) % buffer.buffer_size]
+    else:
+        following = _at(buffer.next_observations, positions)
+    columns = {
+        "observations": _at(buffer.observations, positions),
+        "next_observations": following,
+        "actions": buffer.actions[positions],
+        "rewards": buffer.rewards[positions],
+        **ends,
+    }
+    return {name: _by_environment(column) for name, column in columns.items()}
+
+
+def _at(held: Any, positions: np.ndarray) -> Any:
+    return {key: part[positions] for key, part in held.items()} if isinstance(held, dict) else held[positions]
+
+
+def _by_environment(column: Any) -> Any:
+    """[T, n_envs, ...] -> [n_envs T, ...], an environment's rows together."""
+    if isinstance(column, dict):
+        return {key: _by_environment(part) for key, part in column.items()}
+    return np.ascontiguousarray(column.swapaxes(0, 1).reshape(-1, *column.shape[2:]))
+
+
+def _arrays(observations: Any) -> Any:
+    if isinstance(observations, dict):
+        return {key: part.cpu().numpy() for key, part in observations.items()}
+    if isinstance(observations, tuple):
+        fail("transitions", "observations as a tensor or a dict, as SB3 has them", "a tuple")
+    return observations.cpu().numpy()
+
+
+def _actions(model: Any, transitions: Transitions) -> np.ndarray:
+    actions: np.ndarray = transitions.actions.cpu().numpy()
+    if isinstance(model.action_space, spaces.Box) and actions.dtype.kind == "f":
+        actions = actions.reshape(len(actions), -1)
+        low, high = model.action_space.low.reshape(-1), model.action_space.high.reshape(-1)
+        rounding = 1e-3 * (high - low)
+        if actions.shape[1] == len(low) and ((actions < low - rounding) | (actions > high + rounding)).any():
+            fail("transitions", f"actions in {model.action_space}", f"from {actions.min():.3g} to {actions.max():.3g}")
+        if actions.shape[1] != len(low):
+            fail("transitions", f"actions of {model.action_space}", f"[N, {actions.shape[1]}]")
+        scaled: np.ndarray = model.policy.scale_action(actions.reshape(len(actions), *model.action_space.shape))
+        return scaled.reshape(len(actions), -1)
+    if isinstance(model.action_space, spaces.Discrete) and actions.dtype.kind == "i":
+        if actions.min() < 0 or actions.max() >= model.action_space.n:
+            fail("transitions", f"actions in {model.action_space}", f"from {actions.min()} to {actions.max()}")
+        return actions.reshape(-1, 1)
+    return fail("transitions", f"actions of {model.action_space}", f"{actions.dtype} {list(actions.shape)}")
+
+
+def _check_space(name: str, column: Any, held: Any) -> None:
+    """The rows' shape, by the buffer's own arrays [size, 1, ...]."""
+    expected = {key: part.shape[2:] for key, part in held.items()} if isinstance(held, dict) else held.shape[2:]
+    got = {key: part.shape[1:] for key, part in column.items()} if isinstance(column, dict) else column.shape[1:]
+    if expected != got:
+        fail("transitions", f"{name} of shape {expected}, as the model's spaces have it", got)
