@@ -25,7 +25,8 @@ class Partition:
         self.r = r
         self.ids = ids
         self.distances = distances
-        self.labels: Tensor | None = None
+        self._labels: Tensor | None = None  # with room at the end
+        self._labelled = 0
         self._members: Tensor | None = None
         self.walks = [torch.empty(0, dtype=torch.int64) for _ in ids]
         self.dissolved: dict[int, Partition] = {}
@@ -117,17 +118,31 @@ class Partition:
         squares = self.squares + unassigned * self.p.square()
         return sums.square() / squares.clamp(min=torch.finfo(torch.float64).tiny)
 
+    @property
+    def labels(self) -> Tensor | None:
+        """The cluster of each row, where each row is in one; -1 before it has been drawn."""
+        return None if self._labels is None else self._labels[: self._labelled]
+
+    @labels.setter
+    def labels(self, labels: Tensor | None) -> None:
+        self._labels, self._labelled = labels, 0 if labels is None else len(labels)
+        self._members = None
+
     def relabel(self, rows: Tensor, labels: Tensor) -> None:
         """Rows (distinct) go to other clusters, where each row is in one."""
-        assert self.labels is not None
-        self.labels[rows] = labels
-        self._members = None
+        assert self._labels is not None
+        if self._members is not None:
+            old = self._labels[rows]
+            left, came = (torch.bincount(part, minlength=len(self.ids)) for part in (old[old >= 0], labels))
+            self._members += came - left
+        self._labels[rows] = labels
 
     def members(self) -> Tensor:
         """Rows in each cluster, [K], float64, where each row is in one."""
         assert self.labels is not None
         if self._members is None:
-            self._members = torch.bincount(self.labels, minlength=len(self.ids)).double()
+            drawn = self.labels[self.labels >= 0]
+            self._members = torch.bincount(drawn, minlength=len(self.ids)).double()
         return self._members
 
     def table(self, z: int, size: int) -> Tensor:
@@ -144,8 +159,12 @@ class Partition:
             r = torch.full((len(self.r), room), UNASSIGNED, dtype=self.r.dtype)
             r[:, : self.r.shape[1]] = self.r
             self.r = r
-        if self.labels is not None:
-            self.labels = torch.cat([self.labels, torch.full((size - len(self.labels),), -1)])
+        if self._labels is not None:
+            if size > len(self._labels):
+                room = torch.full((max(size, 2 * len(self._labels)),), -1)
+                room[: self._labelled] = self._labels[: self._labelled]
+                self._labels = room
+            self._labelled = size
         self._changed()
         for child in self._derived():
             child.grow(size)

@@ -18,14 +18,12 @@ from c4buffer import (
     ReducedClusterer,
     SingleClusterSampler,
     decompose_cross_covariance,
-    stacked_features,
-    stacked_gradients,
 )
 from c4buffer._checks import check_choice, check_integer, fail
+from c4buffer.embedding import embed_rows
 
 from .reading import transitions_of_samples
 
-CHUNK_ROWS = 4096  # read and embedded at once
 LIVE = {"_critics": None, "_sampler": None, "_batch": None, "_clusterer": None}  # while bound; never copied or pickled
 WIDEST_NORMS = 1024  # columns of a covariance whose norms are taken
 
@@ -70,7 +68,7 @@ class _Clustered(ReplayBuffer):
             fail("n_clusters", f"at most the {self.buffer_size * self.n_envs} transitions of the buffer", n_clusters)
         self._generator = None
         self.n_clusters = n_clusters
-        self.embedding = embedding
+        self.embedding: Any = embedding
         self.refresh_interval = refresh_interval
         self.assignment: Any = assignment
         self.replacement = replacement
@@ -162,16 +160,18 @@ class _Clustered(ReplayBuffer):
         rows = np.flatnonzero(self._is_valid(np.arange(self._stored_rows())))
         if len(rows) < self.n_clusters:
             return
-        embed = stacked_gradients if self.embedding == "gradients" else stacked_features
         state = np.random.get_state()  # the host's reading draws from the global generator
         try:
-            parts = [
-                embed(self._critics, transitions_of_samples(self._samples(rows[i : i + CHUNK_ROWS], env)))
-                for i in range(0, len(rows), CHUNK_ROWS)
-            ]
+            embeddings, projected = embed_rows(
+                self.embedding,
+                self._critics,
+                len(rows),
+                lambda start, stop: transitions_of_samples(self._samples(rows[start:stop], env)),
+                device=torch.device(self.device),
+                max_dim=self._clusterer.max_dim,
+            )
         finally:
             np.random.set_state(state)
-        embeddings = torch.cat(parts)
         found = self._clusterer(embeddings, None).cpu()
         # rows that can not be sampled now are as those that no clustering has seen
         responsibilities = found.mean(dim=0).expand(self._stored_rows(), -1).clone()
@@ -179,7 +179,7 @@ class _Clustered(ReplayBuffer):
         self._sampler.assign(responsibilities)
         self._since_refresh = 0
         norms = [float("nan")] * 3
-        if embeddings.shape[1] <= 2 * WIDEST_NORMS:
+        if not projected and embeddings.shape[1] <= 2 * WIDEST_NORMS:
             pair = embeddings.double().chunk(2, dim=1)
             parts = list(decompose_cross_covariance(pair[0], pair[1], found.to(pair[0])))
             norms = [float(torch.linalg.matrix_norm(part)) for part in parts]
