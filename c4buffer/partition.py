@@ -125,7 +125,8 @@ class Partition:
 
     @labels.setter
     def labels(self, labels: Tensor | None) -> None:
-        self._labels, self._labelled = labels, 0 if labels is None else len(labels)
+        self._labels = labels
+        self._labelled = 0 if labels is None else len(labels)
         self._members = None
 
     def relabel(self, rows: Tensor, labels: Tensor) -> None:
@@ -141,7 +142,7 @@ class Partition:
         """Rows in each cluster, [K], float64, where each row is in one."""
         assert self.labels is not None
         if self._members is None:
-            drawn = self.labels[self.labels >= 0]
+            drawn = self.labels[self.labels >= 0]  # the others are still to be
             self._members = torch.bincount(drawn, minlength=len(self.ids)).double()
         return self._members
 
@@ -161,9 +162,9 @@ class Partition:
             self.r = r
         if self._labels is not None:
             if size > len(self._labels):
-                room = torch.full((max(size, 2 * len(self._labels)),), -1)
-                room[: self._labelled] = self._labels[: self._labelled]
-                self._labels = room
+                longer = torch.full((max(size, 2 * len(self._labels)),), -1)
+                longer[: self._labelled] = self._labels[: self._labelled]
+                self._labels = longer
             self._labelled = size
         self._changed()
         for child in self._derived():

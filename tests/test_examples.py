@@ -49,6 +49,31 @@ def test_the_readmes_first_program_runs_as_printed_but_for_its_length(tmp_path: 
     run("program.py", cwd=tmp_path)
 
 
+SB3_PREAMBLE = """
+import gymnasium
+import d3rlpy
+from c4buffer import CovariancePenalty, load_d4rl
+from c4buffer.integrations.d3rlpy import dataset_of
+from c4buffer.integrations.sb3 import *
+from stable_baselines3 import SAC
+
+env, transitions = gymnasium.make("Hopper-v5"), load_d4rl("data/hopper-medium-expert-10k.hdf5")[:300]
+dataset = dataset_of(transitions)
+"""
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/sb3.md"])
+def test_what_is_printed_of_stable_baselines3_runs_but_for_its_length(page: str, tmp_path: Path) -> None:
+    programs = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+    chosen = [program for program in programs if "sb3" in program or page != "README.md"]
+    assert chosen
+    shorter = re.sub(r"\b(100_000|50_000)\b", "110", "\n".join(chosen))
+    shorter = shorter.replace("buffer_size=len(transitions)", "buffer_size=1000")
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    (tmp_path / "program.py").write_text(SB3_PREAMBLE + shorter)
+    run("program.py", cwd=tmp_path)
+
+
 def test_the_quickstart_prints_its_table_and_writes_its_pictures(tmp_path: Path) -> None:
     printed = run("examples/quickstart.py", "--updates", "47", "--out", str(tmp_path))
     for words in ("mean Q", "TD loss", "within clusters", "between clusters", "updates per second", "normalised score"):

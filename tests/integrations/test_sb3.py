@@ -113,6 +113,25 @@ def assert_equal(one: Any, other: Any, tolerance: float = 0.0) -> None:
             assert torch.equal(first[name], second[name]), name
 
 
+class LargeImages(Toy):
+    """Of 3 x 40 x 40, so that [g', g] has 9,600 columns."""
+
+    def __init__(self) -> None:
+        super().__init__("image", discrete=True)
+        self.observation_space = spaces.Box(0, 255, (3, 40, 40), dtype=np.uint8)
+
+    def _observe(self) -> Any:
+        return self.noise.integers(0, 256, (3, 40, 40), dtype=np.uint8)
+
+
+def test_gradients_by_many_pixels_are_projected_as_they_are_read() -> None:
+    model = clustered(DQN, LargeImages(), policy="CnnPolicy", buffer_size=60)
+    model.learn(32, callback=C4Callback())
+    assert model.replay_buffer.cluster == -1  # unbound again
+    assert 0 < model.replay_buffer.c4_metrics["smallest_probability"] < 1
+    assert np.isnan(model.replay_buffer.c4_metrics["cross_covariance"])
+
+
 @pytest.mark.parametrize("algorithm", ALL)
 def test_one_cluster_and_no_penalty_equal_the_stock_model_bit_for_bit(algorithm: Any) -> None:
     stock = model_of(algorithm).learn(220)
