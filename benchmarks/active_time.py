@@ -1,10 +1,11 @@
-"""What ACTIVE costs in time: its updates over those of d3rlpy's IQL, and its V-ensemble in two ways.
+"""What ACTIVE costs in time: its `fit` and its updates over those of d3rlpy's IQL, and its V-ensemble in two ways.
 
     python benchmarks/active_time.py
     python benchmarks/active_time.py --threads 1 --device cuda
 
 All take turns in one process; a ratio is taken within each turn and the median over turns is what counts. Batches of
-256, hopper's dimensions, networks of d3rlpy's defaults (2 x 256).
+256, hopper's dimensions, networks of d3rlpy's defaults (2 x 256). A `fit` also draws its batches, from 10,000
+transitions: d3rlpy's own one transition at a time, ACTIVE's from the dataset's columns.
 """
 
 from __future__ import annotations
@@ -16,26 +17,58 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from c4buffer import VEnsemble, expectile_value_loss
+from c4buffer import VEnsemble, expectile_value_loss, load_d4rl
 from c4buffer.losses import value_ensemble
 
+DATA = Path(__file__).parent.parent / "data" / "hopper-medium-expert-10k.hdf5"
 OBSERVATIONS, ACTIONS, BATCH = 11, 3, 256
 
 
-def algorithms(device: str) -> dict[str, Callable[[], None]]:
-    """One update of each."""
+def fits(device: str) -> dict[str, Callable[[], None]]:
+    """One update within a `fit`, drawing its batch included."""
+    d3rlpy, ACTIVEConfig = hosts()
+    data = load_d4rl(DATA)
+    names = ("observations", "actions", "rewards", "terminals", "timeouts")
+    dataset = d3rlpy.dataset.MDPDataset(**{name: getattr(data, name).numpy() for name in names})
+
+    def updating(config: Any) -> Callable[[], None]:
+        fitter = config.create(f"{device}:0").fitter(
+            dataset,
+            n_steps=10**9,
+            n_steps_per_epoch=1,
+            show_progress=False,
+            logger_adapter=d3rlpy.logging.NoopAdapterFactory(),
+        )
+        return lambda: next(fitter)  # type: ignore[return-value]
+
+    return {
+        "IQL": updating(d3rlpy.algos.IQLConfig()),
+        "ACTIVE-I, m = 4": updating(ACTIVEConfig(likelihood_target=-1.0)),
+        "ACTIVE-S, m = 4": updating(ACTIVEConfig(likelihood_target=-1.0, value_loss="sparse")),
+    }
+
+
+def hosts() -> tuple[Any, Any]:
+    """d3rlpy, without its greeting and its log lines, and ACTIVEConfig."""
     with contextlib.redirect_stderr(io.StringIO()):
         import d3rlpy
     import structlog
     from c4buffer.integrations.d3rlpy import ACTIVEConfig
 
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    return d3rlpy, ACTIVEConfig
+
+
+def algorithms(device: str) -> dict[str, Callable[[], None]]:
+    """One update of each."""
+    d3rlpy, ACTIVEConfig = hosts()
     batch = d3rlpy.torch_utility.TorchMiniBatch(
         observations=torch.randn(BATCH, OBSERVATIONS, device=device),
         actions=torch.rand(BATCH, ACTIONS, device=device) * 2 - 1,
@@ -137,6 +170,8 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     console = Console()
     console.print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {arguments.device}")
+    measured = timed(fits(arguments.device), arguments.turns, 20, arguments.device)
+    console.print(shown("one update of a fit", measured))
     measured = timed(algorithms(arguments.device), arguments.turns, 20, arguments.device)
     console.print(shown("one update", measured))
     for members, width in ((4, 256), (10, 256), (10, 64)):

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from .._checks import check_fraction, check_integer, check_number, fail, shape_of
 
+WIDE = 128  # units of a layer from which a processor does better with one member after the other
+
 
 def expectile_value_loss(q: Tensor, v: Tensor, *, tau: float) -> Tensor:
     """Eq. 3 with IQL's f: the mean over members and batch of |tau - 1[u < 0]| u^2, u = Q(s, a) - V_i(s).
@@ -148,8 +150,8 @@ class VEnsemble(nn.Module):
     """m V-functions of independent initialisation, [B, d_s] -> [m, B].
 
     Multilayer perceptrons with ReLU, initialised as torch.nn.Linear is. The members' layers stand behind each other in
-    one parameter: a GPU computes all members at once, an optimizer steps them together. On a processor one member after
-    the other is faster, as their products are large enough and fit its cache.
+    one parameter: they are computed all at once, and an optimizer steps them together. On a processor, where a layer is
+    128 units wide or more, one member after the other is faster, as their products are large enough and fit its cache.
 
     Args:
         observation_dim: d_s.
@@ -185,7 +187,7 @@ class VEnsemble(nn.Module):
         if observations.ndim != 2 or observations.shape[1] != self.observation_dim:
             fail("observations", f"[B, {self.observation_dim}]", shape_of(observations))
         kinds = (self.weights, self.biases, self.scales, self.shifts)
-        if observations.device.type != "cpu":
+        if observations.device.type != "cpu" or max(bias.shape[-1] for bias in self.biases) < WIDE:
             return _perceptron(observations.expand(self.n_members, *observations.shape), *map(list, kinds))
         alone = [[parameter.unbind() for parameter in kind] for kind in kinds]
         members = range(self.n_members)

@@ -36,6 +36,7 @@ from c4buffer import (
 from c4buffer._checks import fail
 
 from .active_config import ACTIVEConfig
+from .batches import UniformBatches
 from .dataset import scaled_observations, stored_transitions_of
 
 DENSITY = {"min_logstd": -5.0, "max_logstd": 2.0, "use_std_parameter": True}  # of the policy, as IQL's in d3rlpy
@@ -93,15 +94,33 @@ class ACTIVE(QLearningAlgoBase["ACTIVEImpl", ACTIVEConfig]):
         )
 
     def fitter(self, dataset: Any, *arguments: Any, **options: Any) -> Iterator[tuple[int, dict[str, float]]]:
-        """d3rlpy's `fitter`; before the first batch, H_D is estimated where that is wanted and has not been done."""
+        """d3rlpy's `fitter`, with batches from the dataset's columns; before the first, H_D is estimated if need be.
+
+        Of a MixedReplayBuffer, and where C4 draws the batches, they are taken as they come.
+        """
         view = copy.copy(dataset)
+        drawn_elsewhere = isinstance(dataset, MixedReplayBuffer) or "sample_transition_batch" in vars(dataset)
+        batches: Any = None
 
         def sample(batch_size: int) -> Any:
+            nonlocal batches
             self._know_target(dataset)
-            return dataset.sample_transition_batch(batch_size)
+            if drawn_elsewhere:
+                return dataset.sample_transition_batch(batch_size)
+            batches = batches or UniformBatches(dataset, self)
+            return batches.sample(batch_size)
 
         view.sample_transition_batch = sample
         yield from super().fitter(view, *arguments, **options)
+
+    def update(self, batch: Any) -> dict[str, float]:
+        """d3rlpy's `update`; a TorchMiniBatch is taken as it is, on the device and scaled."""
+        if not isinstance(batch, TorchMiniBatch):
+            return super().update(batch)
+        assert self._impl is not None
+        metrics = self._impl.update(batch, self._grad_step)
+        self._grad_step += 1
+        return metrics
 
     def fit_online(self, env: Any, *arguments: Any, **options: Any) -> None:
         """d3rlpy's `fit_online`.

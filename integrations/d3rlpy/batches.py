@@ -31,6 +31,26 @@ SECOND = 0x7F4A7C15  # between the seeds of a mixed dataset's two buffers
 RANK = 0x9E3779B9  # and between those of one training's processes; of a seed, a CPU generator takes the lower 32 bits
 
 
+class UniformBatches:
+    """Batches of one dataset, drawn uniformly, without per-transition Python; for a built algorithm."""
+
+    def __init__(self, dataset: ReplayBufferBase, algo: Any) -> None:
+        transitions = stored_transitions_of(dataset, algo)
+        self._algo = algo
+        self._buffer = ClusteredReplayBuffer(
+            len(transitions),
+            n_clusters=1,
+            seed=_seed_of_fit(torch.initial_seed(), algo),
+            device=algo._device,
+            storage="device",
+        )
+        self._buffer.extend(transitions)
+
+    def sample(self, batch_size: int) -> TorchMiniBatch:
+        """So many rows."""
+        return to_mini_batch(self._buffer.sample(batch_size), self._algo)
+
+
 class Batches:
     """Batches of one dataset, from single clusters.
 
@@ -119,8 +139,7 @@ class Batches:
         return ClusteredReplayBuffer(
             capacity,
             n_clusters=config.n_clusters,
-            # a second fit in one process draws other batches, and so does each rank
-            seed=(seed + self._algo.grad_step + self._seed_offset + _rank(self._algo) * RANK) % 2**63,
+            seed=_seed_of_fit(seed + self._seed_offset, self._algo),
             **self._options(),
         )
 
@@ -183,6 +202,11 @@ class _Scaled:
 
     def __call__(self, observations: Any) -> torch.Tensor:
         return self.policy(self.scale(observations))
+
+
+def _seed_of_fit(seed: int, algo: Any) -> int:
+    """A second fit in one process draws other batches, and so does each rank."""
+    return int((seed + algo.grad_step + _rank(algo) * RANK) % 2**63)
 
 
 def _rank(algo: Any) -> int:

@@ -14,7 +14,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from c4buffer.integrations.d3rlpy import ACTIVEConfig, C4Config, critics_of
+from c4buffer.integrations.d3rlpy import ACTIVEConfig, C4Config, critics_of, transitions_of
 from c4buffer.integrations.d3rlpy.dataset import from_mini_batch
 from d3rlpy.algos import IQLConfig
 from d3rlpy.dataset import MixedReplayBuffer
@@ -357,3 +357,50 @@ def test_wrong_fields_are_refused(fields: dict[str, Any], message: str) -> None:
 def test_discrete_actions_are_refused_with_a_reason() -> None:
     with pytest.raises(AssertionError, match="not compatible with the algorithm. Please use discrete"):  # d3rlpy's own
         active().create().fit(dataset_of(episodes(discrete=True)), n_steps=2, **QUIET)
+
+
+def test_a_fits_batches_are_the_datasets_rows_all_alike_and_the_same_for_one_seed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dataset = dataset_of(episodes())
+    monkeypatch.setattr(
+        type(dataset), "sample_transition_batch", lambda *_: pytest.fail("one transition at a time is slow")
+    )
+    known = transitions_of(dataset)
+    seen: list[list[torch.Tensor]] = []
+    for _ in range(2):
+        d3rlpy.seed(5)
+        algo = built(active(), dataset)
+        update, batches = algo.impl.update, []
+
+        def recorded(batch: Any, step: int, update: Any = update, batches: Any = batches) -> Any:
+            batches.append(torch.cat([batch.observations, batch.actions, batch.rewards, batch.terminals], dim=1))
+            return update(batch, step)
+
+        monkeypatch.setattr(algo.impl, "update", recorded)
+        algo.fit(dataset, n_steps=300, n_steps_per_epoch=300, **QUIET)
+        seen.append(batches)
+    assert all(map(torch.equal, *seen))
+    rows = torch.cat([known.observations, known.actions, known.rewards[:, None], known.terminals[:, None]], dim=1)
+    drawn_rows = torch.cat(seen[0])
+    matches = (drawn_rows[:, None] == rows[None]).all(dim=2)
+    assert (matches.sum(dim=1) == 1).all()
+    counts = matches.sum(dim=0).double()
+    expected = len(drawn_rows) / len(rows)
+    assert ((counts - expected) ** 2 / expected).sum() < len(rows) + 5 * math.sqrt(2 * len(rows))  # chi-squared
+
+
+def test_rewards_and_observations_are_scaled_as_the_algorithm_says() -> None:
+    dataset = dataset_of(episodes())
+    scalers = {"observation_scaler": StandardObservationScaler(), "action_scaler": MinMaxActionScaler()}
+    algo = active(**scalers).create("cpu")
+    algo.fit(dataset, n_steps=1, n_steps_per_epoch=1, **QUIET)
+    expected = transitions_of(dataset, algo)
+    batches = []
+    update = algo.impl.update
+    algo.impl.update = lambda batch, step: (batches.append(batch), update(batch, step))[1]
+    algo.fit(dataset, n_steps=2, n_steps_per_epoch=2, **QUIET)
+    for batch in batches:
+        found = (batch.observations[:, None] == expected.observations[None]).all(dim=2).any(dim=1)
+        assert found.all()
+        assert (batch.actions[:, None] == expected.actions[None]).all(dim=2).any(dim=1).all()
