@@ -64,6 +64,9 @@ def test_the_fraction_is_linear_and_the_same_each_time() -> None:
 
 def test_the_quantile_is_one_of_the_likelihoods_by_row() -> None:
     options: dict[str, Any] = {"method": "quantile", "learning_rate": 1e-2}
+    assert estimate_log_likelihood_target(data(), Gaussian) == estimate_log_likelihood_target(
+        data(), Gaussian, method="quantile", quantile=0.5
+    )
     low, middle = (estimate_log_likelihood_target(data(), Gaussian, quantile=c, **options) for c in (0.25, 0.5))
     assert low < middle
     # log p of a row: its mode's less chi^2 of two degrees / 2, whose quantile is -log(1 - c)
@@ -107,8 +110,10 @@ def test_global_random_numbers_are_left_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "mean"}, "method: expected one of 'fraction', 'quantile', got 'mean'"),
+        ({"method": "mean"}, "method: expected one of 'quantile', 'fraction', got 'mean'"),
         ({"fraction": 1.5}, "fraction: expected a number from 0 to 1, got 1.5"),
+        ({"fraction": 0.5, "quantile": 0.5}, "quantile: expected None where the method is 'fraction', got 0.5"),
+        ({"method": "quantile", "fraction": 0.5}, "fraction: expected None where the method is 'quantile', got 0.5"),
         ({"quantile": -1}, "quantile: expected a finite number at least 0"),
         ({"held_out": 1.0}, "held_out: expected a number above 0 and below 1, got 1.0"),
         ({"updates": 0}, "updates: expected an integer of at least 1"),

@@ -89,7 +89,8 @@ TARGETS: dict[str, dict[str, Any]] = {
     "quantile-0.5": {"method": "quantile", "quantile": 0.5},
 }
 ARMS.update({name: Arm(target=options) for name, options in TARGETS.items()})
-ARMS["beta-3e-4"] = Arm(active={"beta_learning_rate": 3e-4})
+# before the default was the median: 0.8 of the way, and a tenth of the learning rate of beta
+ARMS["fraction-0.8, beta 3e-4"] = Arm(active={"beta_learning_rate": 3e-4}, target={"method": "fraction"})
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ GRIDS = {
     "target": Grid(
         datasets=("hopper-medium-expert", "hopper-medium-replay"),
         arms=tuple(TARGETS),
-        seeds=(0, 1),
+        seeds=(0,),
         updates=25_000,
         evaluate_every=2_500,
         bases=("active_i",),
@@ -156,7 +157,7 @@ GRIDS = {
     ),
     "beta": Grid(
         datasets=("hopper-medium-expert", "hopper-medium-replay"),
-        arms=("beta-3e-4",),
+        arms=("fraction-0.8, beta 3e-4",),
         seeds=(0,),
         updates=25_000,
         evaluate_every=2_500,

@@ -20,9 +20,9 @@ def estimate_log_likelihood_target(
     transitions: Transitions,
     make_policy: Callable[[], Any],
     *,
-    method: Literal["fraction", "quantile"] = "fraction",
-    fraction: float = 0.8,
-    quantile: float = 0.25,
+    method: Literal["quantile", "fraction"] | None = None,
+    quantile: float | None = None,
+    fraction: float | None = None,
     action_bounds: tuple[float, float] = (-1.0, 1.0),
     held_out: float = 0.1,
     updates: int = 2000,
@@ -36,16 +36,17 @@ def estimate_log_likelihood_target(
     that will be trained is fitted to the data's actions by maximum likelihood, and its best held-out moment is kept: on
     what it has seen, a network can be as likely as it likes. With L its held-out log-likelihood by row:
 
+        quantile: H_D = the quantile of L by row. The median is the default: it does not see the few rows, many with
+            actions at the edge of their box, that draw the mean down by nats.
         fraction: H_D = L_0 + fraction (mean L - L_0), where L_0 = -A log(high - low) is that of the uniform policy:
             how far the policy has to go from knowing nothing to the behaviour.
-        quantile: H_D = the quantile of L: the policy's mean is asked to be what the least likely part of the data is.
 
     Args:
         transitions: with continuous actions [N, A], scaled as the policy will see them.
         make_policy: makes a new policy, on the transitions' device: a module with `log_prob(observations, actions) ->
             [B]`, summed over action dimensions. The random numbers of its initialisation are of `seed`.
-        method: "fraction" or "quantile".
-        fraction, quantile: from 0 to 1.
+        method: "quantile" or "fraction". None: "fraction" where that is given, else "quantile".
+        quantile, fraction: from 0 to 1, one of them; None: 0.5, and 0.8.
         action_bounds: of each action dimension, for "fraction".
         held_out: the share of rows, drawn at random, on which the policy is judged.
         updates, batch_size, learning_rate: of the fit, by Adam.
@@ -54,9 +55,13 @@ def estimate_log_likelihood_target(
     Raises:
         ValueError: for discrete actions, values outside their ranges, and a policy whose likelihoods are not finite.
     """
-    check_choice("method", method, ("fraction", "quantile"))
-    check_fraction("fraction", fraction)
-    check_fraction("quantile", quantile)
+    method = method or ("quantile" if fraction is None else "fraction")
+    check_choice("method", method, ("quantile", "fraction"))
+    for other, name, value in (("fraction", "quantile", quantile), ("quantile", "fraction", fraction)):
+        if value is not None:
+            check_fraction(name, value)
+            if method == other:
+                fail(name, f"None where the method is {other!r}", repr(value))
     check_fraction("held_out", held_out, open_ends=True)
     for name, count in (("updates", updates), ("batch_size", batch_size)):
         check_integer(name, count, minimum=1)
@@ -71,8 +76,8 @@ def estimate_log_likelihood_target(
     uniform = -transitions.actions.shape[1] * math.log(high - low)
     likelihoods = _held_out_likelihoods(transitions, make_policy, held_out, updates, batch_size, learning_rate, seed)
     if method == "quantile":
-        return float(torch.quantile(likelihoods, quantile))
-    return uniform + fraction * (float(likelihoods.mean()) - uniform)
+        return float(torch.quantile(likelihoods, 0.5 if quantile is None else quantile))
+    return uniform + (0.8 if fraction is None else fraction) * (float(likelihoods.mean()) - uniform)
 
 
 def _held_out_likelihoods(

@@ -116,9 +116,10 @@ class ACTIVE(QLearningAlgoBase["ACTIVEImpl", ACTIVEConfig]):
     def update(self, batch: Any) -> dict[str, float]:
         """d3rlpy's `update`; a TorchMiniBatch is taken as it is, on the device and scaled."""
         if not isinstance(batch, TorchMiniBatch):
-            return super().update(batch)
+            found: dict[str, float] = super().update(batch)
+            return found
         assert self._impl is not None
-        metrics = self._impl.update(batch, self._grad_step)
+        metrics: dict[str, float] = self._impl.update(batch, self._grad_step)
         self._grad_step += 1
         return metrics
 
