@@ -228,6 +228,16 @@ COLUMNS = (
 )
 
 
+def ends_of(transitions: Transitions) -> Tensor:
+    """Where the rows of a trajectory end, [N] bool: at a terminal, a timeout, and where the next row is not at s'."""
+    ends = (transitions.terminals + transitions.timeouts) > 0
+    pairs = zip(observation_leaves(transitions.next_observations), observation_leaves(transitions.observations))
+    for after, now in pairs:
+        ends[:-1] |= (after[:-1] != now[1:]).flatten(start_dim=1).any(dim=1)
+    ends[-1] = True
+    return ends
+
+
 def _link_actions(actions: Tensor, terminals: Tensor, timeouts: Tensor, intervals: Tensor) -> tuple[Tensor, Tensor]:
     """a' [N, A] from the row `intervals` rows on in the same episode, and [N] whether there is one."""
     rows = len(actions)

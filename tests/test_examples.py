@@ -68,7 +68,6 @@ def test_what_is_printed_of_stable_baselines3_runs_but_for_its_length(page: str,
     chosen = [program for program in programs if "sb3" in program or page != "README.md"]
     assert chosen
     shorter = re.sub(r"\b(100_000|50_000)\b", "110", "\n".join(chosen))
-    shorter = shorter.replace("buffer_size=len(transitions)", "buffer_size=1000")
     (tmp_path / "data").symlink_to(ROOT / "data")
     (tmp_path / "program.py").write_text(SB3_PREAMBLE + shorter)
     run("program.py", cwd=tmp_path)

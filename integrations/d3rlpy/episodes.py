@@ -10,7 +10,7 @@ from torch import Tensor
 
 from c4buffer import Transitions
 from c4buffer._checks import check_integer, fail
-from c4buffer.transitions import observation_leaves
+from c4buffer.transitions import ends_of, observation_leaves
 
 
 def dataset_of(transitions: Transitions, *, action_size: int | None = None) -> ReplayBuffer:
@@ -51,14 +51,9 @@ def dataset_of(transitions: Transitions, *, action_size: int | None = None) -> R
 
 def _ends(transitions: Transitions) -> Tensor:
     """Whether an episode ends with a row, [N] bool."""
-    following = zip(observation_leaves(transitions.next_observations), observation_leaves(transitions.observations))
-    pairs = [*following, (transitions.next_actions, transitions.actions)]
-    ends = (transitions.terminals + transitions.timeouts) > 0
-    for after, now in pairs:
-        ends[:-1] |= (
-            (after[:-1] != now[1:]).flatten(start_dim=1).any(dim=1) if after.ndim > 1 else after[:-1] != now[1:]
-        )
-    ends[-1] = True
+    ends = ends_of(transitions)
+    differ = transitions.next_actions[:-1] != transitions.actions[1:]
+    ends[:-1] |= differ if differ.ndim == 1 else differ.any(dim=1)
     return ends
 
 

@@ -11,18 +11,18 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from c4buffer import Transitions
 from c4buffer._checks import fail
+from c4buffer.transitions import ends_of
 
 from .buffers import _Clustered
-
-ENDS = ("terminals", "timeouts")
 
 
 def transitions_of(model: Any) -> Transitions:
     """All rows of a model's replay buffer, as it got them: actions in the environment's units, nothing normalised.
 
-    Oldest first, one environment after the other; where an environment's rows stop in the middle of an episode, that
-    counts as a timeout. Rows of an n-step buffer are single steps, those of a hindsight buffer have the goals that they
-    had. Of a memory-optimised buffer that is full, one row of each environment is missing, as in its own samples.
+    Oldest first, one environment after the other; where an environment's rows stop in the middle of an episode, or go
+    on in another (each `learn` begins one), that counts as a timeout. Rows of an n-step buffer are single steps, those
+    of a hindsight buffer have the goals that they had. A memory-optimised buffer knows less: at an episode's end its
+    next observation is the following episode's first, and when it is full one row of each environment is missing.
 
     Raises:
         ValueError: for a model without a replay buffer, and for one that has seen nothing.
@@ -37,18 +37,22 @@ def transitions_of(model: Any) -> Transitions:
     return Transitions(**columns)
 
 
-def seen_transitions(model: Any) -> Transitions:
-    """The same as the networks see them, on the model's device: actions scaled to [-1, 1], all else normalised."""
+def seen_actions(model: Any) -> Transitions:
+    """The same rows as the policy sees them, on the model's device: normalised observations, actions in [-1, 1].
+
+    For their observations and actions alone: next observations are the observations.
+    """
     columns, normalizing = _columns(model), model.get_vec_normalize_env()
     if normalizing is not None:
-        for name in ("observations", "next_observations"):
-            columns[name] = normalizing.normalize_obs(columns[name])
-        columns["rewards"] = normalizing.normalize_reward(columns["rewards"]).astype(np.float32)
+        columns["observations"] = normalizing.normalize_obs(columns["observations"])
+    columns["next_observations"] = columns["observations"]
     return Transitions(**columns).to(model.device)
 
 
 def fill_replay_buffer(model: Any, transitions: Transitions) -> None:
     """Replace what the model's replay buffer holds: as a loop of `add` in one environment would leave it.
+
+    A row that the next one does not follow, and the last, end an episode by timeout: n-step returns stop there.
 
     Args:
         model: with one environment, whose buffer is not memory-optimised and has no hindsight.
@@ -73,18 +77,19 @@ def fill_replay_buffer(model: Any, transitions: Transitions) -> None:
         "next_observations": _arrays(transitions.next_observations),
         "actions": _actions(model, transitions),
     }
-    for name, column in columns.items():
-        _check_space(name, column, getattr(buffer, name))
+    columns = {name: _as_held(name, column, getattr(buffer, name)) for name, column in columns.items()}
     buffer.reset()
     for name, column in columns.items():
         held = getattr(buffer, name)
         for key, target in held.items() if isinstance(held, dict) else [(None, held)]:
             source = column if key is None else column[key]
             target[:rows, 0] = source.reshape(target[:rows, 0].shape)
-    terminals, timeouts = (getattr(transitions, name).cpu().numpy() for name in ENDS)
+    terminals, timeouts = (part.cpu().numpy() for part in (transitions.terminals, transitions.timeouts))
+    if buffer.handle_timeout_termination:
+        timeouts = np.maximum(timeouts, ends_of(transitions).cpu().numpy()) * (1 - terminals)
     buffer.rewards[:rows, 0] = transitions.rewards.cpu().numpy()
     buffer.dones[:rows, 0] = np.maximum(terminals, timeouts)
-    buffer.timeouts[:rows, 0] = timeouts * (1 - terminals) if buffer.handle_timeout_termination else 0
+    buffer.timeouts[:rows, 0] = timeouts if buffer.handle_timeout_termination else 0
     buffer.pos = rows % buffer.buffer_size
     buffer.full = rows == buffer.buffer_size
     if isinstance(buffer, _Clustered):
@@ -102,25 +107,38 @@ def _columns(model: Any) -> dict[str, Any]:
     if buffer.full:  # oldest first; a memory-optimised buffer has written over the oldest row's observation
         oldest = buffer.pos + 1 if buffer.optimize_memory_usage else buffer.pos
         positions = np.arange(oldest, buffer.pos + buffer.buffer_size) % buffer.buffer_size
-    timeouts = buffer.timeouts[positions] * buffer.dones[positions]
-    ends = {"terminals": buffer.dones[positions] - timeouts, "timeouts": timeouts}
-    ends["timeouts"][-1] = 1 - ends["terminals"][-1]  # of each environment
+    observations = _at(buffer.observations, positions)
     if buffer.optimize_memory_usage:
         following = buffer.observations[(positions + 1) % buffer.buffer_size]
     else:
         following = _at(buffer.next_observations, positions)
+    timeouts = buffer.timeouts[positions] * buffer.dones[positions]
+    terminals = buffer.dones[positions] - timeouts
     columns = {
-        "observations": _at(buffer.observations, positions),
+        "observations": observations,
         "next_observations": following,
         "actions": buffer.actions[positions],
         "rewards": buffer.rewards[positions],
-        **ends,
+        "terminals": terminals,
+        "timeouts": np.maximum(timeouts, _cut(observations, following)) * (1 - terminals),
     }
     return {name: _by_environment(column) for name, column in columns.items()}
 
 
 def _at(held: Any, positions: np.ndarray) -> Any:
     return {key: part[positions] for key, part in held.items()} if isinstance(held, dict) else held[positions]
+
+
+def _cut(observations: Any, following: Any) -> np.ndarray:
+    """Whether an environment's next row does not go on where a row ended, [T, n_envs]; the last has no next."""
+    pairs = [(observations, following)]
+    if isinstance(observations, dict):
+        pairs = [(observations[key], following[key]) for key in observations]
+    cut = np.zeros(pairs[0][0].shape[:2], dtype=bool)
+    cut[-1] = True
+    for now, after in pairs:
+        cut[:-1] |= (now[1:] != after[:-1]).any(axis=tuple(range(2, now.ndim)))
+    return cut.astype(np.float32)
 
 
 def _by_environment(column: Any) -> Any:
@@ -157,9 +175,16 @@ def _actions(model: Any, transitions: Transitions) -> np.ndarray:
     return fail("transitions", f"actions of {model.action_space}", f"{actions.dtype} {list(actions.shape)}")
 
 
-def _check_space(name: str, column: Any, held: Any) -> None:
-    """The rows' shape, by the buffer's own arrays [size, 1, ...]."""
-    expected = {key: part.shape[2:] for key, part in held.items()} if isinstance(held, dict) else held.shape[2:]
-    got = {key: part.shape[1:] for key, part in column.items()} if isinstance(column, dict) else column.shape[1:]
-    if expected != got:
-        fail("transitions", f"{name} of shape {expected}, as the model's spaces have it", got)
+def _as_held(name: str, column: Any, held: Any) -> Any:
+    """The rows in the dtype of the buffer's own arrays [size, 1, ...], whose shapes they must have."""
+    if isinstance(held, dict) != isinstance(column, dict) or (isinstance(held, dict) and held.keys() != column.keys()):
+        wanted, got = (sorted(part) if isinstance(part, dict) else "one array" for part in (held, column))
+        fail("transitions", f"{name} as the model's spaces have it, {wanted}", got)
+    if isinstance(held, dict):
+        return {key: _as_held(f"{name}[{key!r}]", column[key], held[key]) for key in held}
+    if held.shape[2:] != column.shape[1:]:
+        fail("transitions", f"{name} of shape {held.shape[2:]}, as the model's spaces have it", column.shape[1:])
+    cast = column.astype(held.dtype)
+    if held.dtype.kind in "iu" and (cast != column).any():
+        fail("transitions", f"{name} that {held.dtype} can hold", f"{column.dtype} with other values")
+    return cast

@@ -77,11 +77,11 @@ class _Actor:
 
 
 def critics_of(model: Any) -> Critics:
-    """The critics of an off-policy model: SAC, TD3, DDPG and DQN, and sb3-contrib's TQC, CrossQ and QR-DQN.
+    """The critics of an off-policy model: SAC, TD3, DDPG and DQN, sb3-contrib's TQC, CrossQ and QR-DQN, and ACTIVE.
 
     a' is what the model's own TD target takes, but for its noise: of the target actor in TD3 and DDPG, the actor's mean
-    in SAC, TQC and CrossQ, the greedy action in DQN and QR-DQN. CrossQ has no target network: its live critic stands
-    in, in evaluation mode.
+    in SAC, TQC and CrossQ, the greedy action in DQN and QR-DQN; in ACTIVE, whose target takes none, the actor's
+    mean. CrossQ has no target network: its live critic stands in, in evaluation mode.
 
     Raises:
         ValueError: for a model without a Q-function, as PPO, and for observations that have no gradient.

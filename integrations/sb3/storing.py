@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
@@ -56,7 +57,7 @@ def load_replay_buffer(model: Any, path: str | os.PathLike[str], truncate_last_t
         fail("path", f"the file of a replay buffer with {wanted}", f"{found}, {path}")
     for name, target in held.items():
         values = state["arrays"][name].numpy()
-        if len(target) == buffer.buffer_size:
+        if _has_rows(target, buffer):
             target[:rows], target[rows:] = values, 0
         else:
             target[:] = values
@@ -87,8 +88,16 @@ def _arrays(buffer: Any) -> dict[str, np.ndarray]:
 
 
 def _sizes(buffer: Any) -> dict[str, str]:
-    return {name: f"{array.dtype} {list(array.shape)}" for name, array in _arrays(buffer).items()}
+    """What must be equal: arrays, and the action box, by which actions are scaled."""
+    sizes = {name: f"{array.dtype} {list(array.shape)}" for name, array in _arrays(buffer).items()}
+    space = buffer.action_space
+    box = f" {space.low.tolist()} to {space.high.tolist()}" if isinstance(space, spaces.Box) else ""
+    return {**sizes, "action_space": f"{space}{box}"}
+
+
+def _has_rows(array: np.ndarray, buffer: Any) -> bool:
+    return array.shape[:2] == (buffer.buffer_size, buffer.n_envs)
 
 
 def _rows_of(array: np.ndarray, rows: int, buffer: Any) -> np.ndarray:
-    return np.ascontiguousarray(array[:rows] if len(array) == buffer.buffer_size else array)
+    return np.ascontiguousarray(array[:rows] if _has_rows(array, buffer) else array)

@@ -18,11 +18,13 @@ from c4buffer.integrations.sb3 import (
     ClusteredReplayBuffer,
     attached,
     critics_of,
+    fill_replay_buffer,
     learn_offline,
 )
 from c4buffer.integrations.sb3.active import CnnPolicy, MlpPolicy, MultiInputPolicy
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import CheckpointCallback
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
@@ -148,7 +150,7 @@ def test_it_clones_good_actions_offline_and_goes_on_online() -> None:
 
 def test_h_d_is_estimated_offline_and_an_environment_alone_gives_none(tmp_path: Path) -> None:
     model = active(Toy(), likelihood_target="auto")
-    with pytest.raises(ValueError, match="likelihood_target: expected a number, or learn_offline before learn"):
+    with pytest.raises(ValueError, match="likelihood_target: expected a number or None, or data before: learn_offline"):
         model.learn(30)
     state = torch.get_rng_state()
     found = learn_offline(model, data().replace(actions=data().actions.clamp(-1, 1)), 1)
@@ -157,7 +159,7 @@ def test_h_d_is_estimated_offline_and_an_environment_alone_gives_none(tmp_path: 
     other = active(Toy(), likelihood_target="auto")
     learn_offline(other, data().replace(actions=data().actions.clamp(-1, 1)), 1)
     torch.set_rng_state(state)
-    assert other.estimate_likelihood_target(method="quantile", quantile=0.5) != target
+    assert other.estimate_likelihood_target(quantile=0.6) != target
     assert torch.equal(torch.get_rng_state(), state)
     model.save(tmp_path / "model")
     loaded = ACTIVE.load(tmp_path / "model", env=Toy(), device="cpu")
@@ -165,6 +167,57 @@ def test_h_d_is_estimated_offline_and_an_environment_alone_gives_none(tmp_path: 
     loaded.learn(30)
     with_another = ACTIVE.load(tmp_path / "model", env=Toy(), device="cpu", likelihood_target=-7.0)
     assert with_another.temperature_controller.target == -7.0
+
+
+def test_settings_given_to_load_count_and_are_checked(tmp_path: Path) -> None:
+    model = active(Toy(), likelihood_target=-3.0, policy_kwargs={"net_arch": [8]}, initial_beta=0.9)
+    learn_offline(model, data().replace(actions=data().actions.clamp(-1, 1)), 2)
+    estimated = model.estimate_likelihood_target(updates=20)
+    assert model.likelihood_target == model.temperature_controller.target == estimated
+    model.set_parameters({"policy": model.policy.state_dict()}, exact_match=False)
+    assert model.temperature_controller.target == estimated
+    model.save(tmp_path / "model")
+
+    def loaded(**options: Any) -> Any:
+        return ACTIVE.load(tmp_path / "model", device="cpu", **options)
+
+    assert loaded().temperature_controller.target == estimated
+    assert loaded(policy_kwargs={"net_arch": [8]}).n_members == 4
+    assert loaded(likelihood_target="auto").temperature_controller.target is None
+    assert loaded(likelihood_target=np.float32(-7.5)).temperature_controller.target == -7.5
+    assert float(loaded(max_beta=0.5, initial_beta=0.5).temperature_controller.beta.detach()) == 0.5
+    with pytest.raises(ValueError, match="value_loss: expected one of"):
+        loaded(value_loss="expectlie")
+
+
+def test_a_refused_learn_leaves_nothing_behind_and_a_filled_buffer_is_data() -> None:
+    model = active(
+        Toy(), likelihood_target="auto", replay_buffer_class=ClusteredReplayBuffer, learning_starts=0, batch_size=8
+    )
+    with pytest.raises(ValueError, match="likelihood_target"):
+        model.learn(30, callback=C4Callback(CovariancePenalty(0.1)))
+    assert "zero_grad" not in vars(model.critic.optimizer)
+    fill_replay_buffer(model, data().replace(actions=data().actions.clamp(-1, 1)))
+    model.learn(5, callback=C4Callback(CovariancePenalty(0.1)))
+    assert math.isfinite(model.likelihood_target)
+
+
+def test_values_that_make_targets_are_taken_in_evaluation_mode() -> None:
+    class Noted(FlattenExtractor):
+        def __init__(self, space: Any) -> None:
+            super().__init__(space)
+            self.modes: list[tuple[bool, bool]] = []
+
+        def forward(self, observations: torch.Tensor) -> torch.Tensor:
+            self.modes.append((self.training, torch.is_grad_enabled()))
+            return super().forward(observations)
+
+    model = active(policy_kwargs={"net_arch": [8], "features_extractor_class": Noted})
+    learn_offline(model, data(), 3)
+    modes = model.value.features_extractor.modes
+    assert set(modes) == {(True, True), (False, False)}
+    assert model.value.training
+    model.train(0)
 
 
 def test_the_estimate_is_of_what_the_policy_sees() -> None:
@@ -293,7 +346,10 @@ def test_wrong_input() -> None:
         ({"quantile": 1.5}, "quantile: expected"),
         ({"likelihood_target": "none"}, "likelihood_target: expected"),
         ({"likelihood_target": math.inf}, "likelihood_target: expected a finite number"),
-        ({"initial_beta": 3.0, "max_beta": 2.0}, "initial: expected at most maximum"),
+        ({"initial_beta": 3.0, "max_beta": 2.0}, "initial_beta: expected at most max_beta, 2.0, got 3.0"),
+        ({"initial_beta": -1.0}, "initial_beta: expected"),
+        ({"beta_learning_rate": -1.0}, "beta_learning_rate: expected"),
+        ({"policy_kwargs": {"n_members": 2}}, "policy_kwargs: expected no n_members"),
         ({"q_weight": -1.0}, "q_weight: expected"),
     ):
         with pytest.raises(ValueError, match=message):

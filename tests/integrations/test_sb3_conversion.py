@@ -19,6 +19,7 @@ from c4buffer.integrations.sb3 import (
     save_replay_buffer,
     transitions_of,
 )
+from gymnasium import spaces
 from stable_baselines3 import DQN, PPO, SAC
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
@@ -35,13 +36,6 @@ def assert_same(one: Transitions, other: Transitions, *, but: tuple[str, ...] = 
     for (name, first), (_, second) in zip(one.columns(), other.columns()):
         if name not in but:
             torch.testing.assert_close(first, second, atol=tolerance, rtol=0, msg=name)
-
-
-def with_next_observations(transitions: Transitions) -> Transitions:
-    """As a run through an environment gives them: what follows a row is the next row's observation."""
-    following = torch.cat([transitions.observations[1:], transitions.observations[:1] + 1])
-    ends = (transitions.terminals + transitions.timeouts)[:, None] > 0
-    return transitions.replace(next_observations=torch.where(ends, transitions.next_observations, following))
 
 
 @pytest.mark.parametrize("discrete", [False, True])
@@ -113,7 +107,7 @@ def test_hindsight_and_normalised_buffers_give_what_they_were_given() -> None:
 
 
 def test_d3rlpy_and_sb3_hand_over_to_each_other() -> None:
-    transitions = with_next_observations(data())
+    transitions = data()
     dataset = ours_d3rlpy.dataset_of(transitions)
     assert len(dataset.episodes) == 15
     there = ours_d3rlpy.transitions_of(dataset)
@@ -134,7 +128,7 @@ def test_d3rlpy_and_sb3_hand_over_to_each_other() -> None:
 @pytest.mark.parametrize("discrete", [False, True])
 def test_rows_in_any_order_make_a_dataset(discrete: bool) -> None:
     """Where a row does not follow the one before it, an episode ends, and nothing is lost."""
-    transitions = with_next_observations(data(discrete=discrete))
+    transitions = data(discrete=discrete)
     mixed = transitions[torch.randperm(300, generator=torch.Generator().manual_seed(0))]
     found = ours_d3rlpy.transitions_of(ours_d3rlpy.dataset_of(mixed, action_size=6 if discrete else None))
     live = mixed.terminals == 0
@@ -282,6 +276,68 @@ def test_files_that_do_not_belong_are_refused_and_nothing_changes(tmp_path: Path
     assert_same(transitions_of(model), before)
     with pytest.raises(OSError, match="missing"):
         load_replay_buffer(model, tmp_path / "missing")
+
+
+def test_rows_that_do_not_follow_each_other_end_episodes() -> None:
+    """So n-step returns do not run over them, nor next actions."""
+    transitions = data()[::5]
+    model = offline_model(SAC, n_steps=3, gamma=0.9)
+    fill_replay_buffer(model, transitions)
+    found = model.replay_buffer._get_samples(np.arange(60))
+    torch.testing.assert_close(found.rewards[:, 0], transitions.rewards)
+    assert_same(
+        transitions_of(model), transitions, but=("timeouts", "next_actions", "has_next_actions"), tolerance=1e-6
+    )
+    assert transitions_of(model).has_next_actions.sum() == 0
+    whole = offline_model(SAC, n_steps=3, gamma=0.9)
+    fill_replay_buffer(whole, data())
+    r = data().rewards
+    assert float(whole.replay_buffer._get_samples(np.array([3])).rewards) == pytest.approx(
+        float(r[3] + 0.9 * r[4] + 0.81 * r[5])
+    )
+
+
+def test_episodes_cut_by_another_learn_are_not_linked() -> None:
+    model = model_of(SAC, learning_starts=1000).learn(40)
+    found = transitions_of(model.learn(40))
+    assert found.timeouts[39] + found.terminals[39] == 1
+    assert found.has_next_actions[39] == 0
+    assert found.has_next_actions[38] == 1 - found.terminals[38] - found.timeouts[38]
+
+
+def test_observations_that_the_space_can_not_hold_are_refused() -> None:
+    model = model_of(DQN, Toy("image", discrete=True), policy="CnnPolicy", buffer_size=60)
+    images = torch.rand(20, 1, 36, 36)
+    transitions = data(20, discrete=True).replace(observations=images, next_observations=images)
+    with pytest.raises(ValueError, match="transitions: expected observations that uint8 can hold, got float32 with"):
+        fill_replay_buffer(model, transitions)
+    whole = (images * 255).round()
+    fill_replay_buffer(model, transitions.replace(observations=whole, next_observations=whole))
+    assert torch.equal(transitions_of(model).observations, whole.to(torch.uint8))  # type: ignore[arg-type]
+    keyed = model_of(SAC, Toy("dict"), policy="MultiInputPolicy")
+    with pytest.raises(ValueError, match="transitions: expected observations as the model's spaces have it"):
+        fill_replay_buffer(keyed, data().replace(actions=data().actions.clamp(-1, 1)))
+
+
+def test_a_file_of_another_action_box_and_many_environments(tmp_path: Path) -> None:
+    class Wide(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.action_space = spaces.Box(-2, 5, (2,), dtype=np.float32)
+
+    save_replay_buffer(model_of(SAC).learn(30), tmp_path / "buffer")
+    with pytest.raises(ValueError, match="path: expected the file of a replay buffer with .*action_space"):
+        load_replay_buffer(model_of(SAC, Wide()), tmp_path / "buffer")
+
+    def goals() -> Any:
+        env = DummyVecEnv([lambda: BitFlippingEnv(continuous=True)] * 8)
+        options = {"policy": "MultiInputPolicy", "replay_buffer_class": HerReplayBuffer, "buffer_size": 64}
+        return model_of(SAC, env, learning_starts=1000, **options)
+
+    model, other = goals().learn(32), goals()
+    save_replay_buffer(model, tmp_path / "goals")
+    load_replay_buffer(other, tmp_path / "goals", truncate_last_traj=False)
+    np.testing.assert_array_equal(other.replay_buffer._current_ep_start, model.replay_buffer._current_ep_start)
 
 
 def test_models_without_a_buffer_and_empty_ones_are_refused(tmp_path: Path) -> None:

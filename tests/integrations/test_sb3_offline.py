@@ -42,11 +42,12 @@ def data(rows: int = 300, discrete: bool = False) -> Transitions:
     ends = torch.arange(rows) % 20 == 19
     terminal = ends & (torch.arange(rows) % 40 == 39)
     continuous = torch.rand(rows, 2, generator=generator) * 5 - 2
+    observations, last = (torch.randn(rows, 3, generator=generator) for _ in range(2))
     return Transitions(
-        observations=torch.randn(rows, 3, generator=generator),
+        observations=observations,
         actions=torch.randint(4, (rows,), generator=generator) if discrete else continuous,
         rewards=torch.randn(rows, generator=generator),
-        next_observations=torch.randn(rows, 3, generator=generator),
+        next_observations=torch.where(ends[:, None], last, observations.roll(-1, dims=0)),
         terminals=terminal.float(),
         timeouts=(ends & ~terminal).float(),
     )

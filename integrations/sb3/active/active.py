@@ -11,7 +11,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy, ContinuousCritic
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutReturn, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from torch import Tensor
 
@@ -23,9 +23,9 @@ from c4buffer import (
     expectile_value_loss,
     sparse_value_loss,
 )
-from c4buffer._checks import check_choice, check_fraction, check_number, fail
+from c4buffer._checks import check_choice, check_fraction, check_integer, check_number, fail
 
-from ..conversion import seen_transitions
+from ..conversion import seen_actions
 from .policies import ACTIVEPolicy, Actor, CnnPolicy, MlpPolicy, MultiInputPolicy, ValueEnsemble
 
 SelfACTIVE = TypeVar("SelfACTIVE", bound="ACTIVE")
@@ -39,7 +39,7 @@ class ACTIVE(OffPolicyAlgorithm):
 
     .. code-block:: python
 
-        model = ACTIVE("MlpPolicy", env, buffer_size=len(transitions))
+        model = ACTIVE("MlpPolicy", env, learning_starts=0)
         learn_offline(model, transitions, 100_000)
         model.learn(50_000)  # fine-tuning
 
@@ -55,8 +55,8 @@ class ACTIVE(OffPolicyAlgorithm):
         temperature: of the weights w = exp(A / temperature); above 0.
         max_weight: where w is clipped.
         likelihood_target: H_D of Eq. 12, in nats per action vector, for actions scaled to [-1, 1]. "auto": estimated
-            from the replay buffer at the first gradient step, as `estimate_log_likelihood_target` does. None: beta
-            stays at `initial_beta`.
+            from the replay buffer at the first gradient step, as `estimate_log_likelihood_target` does, and a number
+            from then on. None: beta stays at `initial_beta`.
         initial_beta: beta at the start.
         beta_learning_rate: lambda of beta.
         max_beta: its upper bound; None for none.
@@ -66,8 +66,8 @@ class ACTIVE(OffPolicyAlgorithm):
             tensorboard_log, policy_kwargs, verbose, seed, device: as in SB3's SAC.
 
     Raises:
-        ValueError: for values outside their ranges, for an action space that is no box, and for `learn` in an
-            environment while H_D is still to be estimated.
+        ValueError: for values outside their ranges, and from `learn` in an environment while H_D is still to be
+            estimated and the buffer is empty.
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -120,15 +120,6 @@ class ACTIVE(OffPolicyAlgorithm):
         device: torch.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
-        check_choice("value_loss", value_loss, ("expectile", "sparse"))
-        check_fraction("expectile", expectile, open_ends=True)
-        check_number("alpha", alpha, minimum=0, exclusive=True)
-        check_number("q_weight", q_weight, minimum=0)
-        VEnsembleAdvantage(quantile=quantile, temperature=temperature, max_weight=max_weight)
-        if isinstance(likelihood_target, str):
-            check_choice("likelihood_target", likelihood_target, ("auto",))
-        elif likelihood_target is not None and not math.isfinite(likelihood_target):
-            fail("likelihood_target", "a finite number, 'auto' or None", repr(likelihood_target))
         super().__init__(
             policy,
             env,
@@ -145,7 +136,7 @@ class ACTIVE(OffPolicyAlgorithm):
             replay_buffer_kwargs=replay_buffer_kwargs,
             optimize_memory_usage=optimize_memory_usage,
             n_steps=n_steps,
-            policy_kwargs={"n_members": n_members, **(policy_kwargs or {})},
+            policy_kwargs=policy_kwargs,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             verbose=verbose,
@@ -156,6 +147,7 @@ class ACTIVE(OffPolicyAlgorithm):
             support_multi_env=True,
         )
         self.value_loss = value_loss
+        self.n_members = n_members
         self.expectile = expectile
         self.alpha = alpha
         self.quantile = quantile
@@ -170,7 +162,13 @@ class ACTIVE(OffPolicyAlgorithm):
             self._setup_model()
 
     def _setup_model(self) -> None:
-        super()._setup_model()
+        self._check_settings()
+        given = self.policy_kwargs
+        self.policy_kwargs = {**given, "n_members": self.n_members}
+        try:
+            super()._setup_model()
+        finally:
+            self.policy_kwargs = given
         self._create_aliases()
         self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
@@ -181,6 +179,28 @@ class ACTIVE(OffPolicyAlgorithm):
             maximum=self.max_beta,
         ).to(self.device)
 
+    def _check_settings(self) -> None:
+        """Here, as `load` puts settings in after the constructor."""
+        check_choice("value_loss", self.value_loss, ("expectile", "sparse"))
+        check_integer("n_members", self.n_members, minimum=1)
+        if "n_members" in self.policy_kwargs:
+            fail("policy_kwargs", "no n_members, which is an argument of the algorithm", repr(self.policy_kwargs))
+        check_fraction("expectile", self.expectile, open_ends=True)
+        check_number("alpha", self.alpha, minimum=0, exclusive=True)
+        check_number("q_weight", self.q_weight, minimum=0)
+        VEnsembleAdvantage(quantile=self.quantile, temperature=self.temperature, max_weight=self.max_weight)
+        if isinstance(self.likelihood_target, str):
+            check_choice("likelihood_target", self.likelihood_target, ("auto",))
+        elif self.likelihood_target is not None:
+            if not math.isfinite(self.likelihood_target):
+                fail("likelihood_target", "a finite number, 'auto' or None", repr(self.likelihood_target))
+            self.likelihood_target = float(self.likelihood_target)
+        check_number("beta_learning_rate", self.beta_learning_rate, minimum=0)
+        if self.max_beta is not None:
+            check_number("max_beta", self.max_beta, minimum=0, exclusive=True)
+        if check_number("initial_beta", self.initial_beta, minimum=0) > (self.max_beta or math.inf):
+            fail("initial_beta", f"at most max_beta, {self.max_beta!r}", repr(self.initial_beta))
+
     def _create_aliases(self) -> None:
         self.actor = self.policy.actor
         self.critic = self.policy.critic
@@ -188,19 +208,21 @@ class ACTIVE(OffPolicyAlgorithm):
         self.value = self.policy.value
 
     def estimate_likelihood_target(self, **options: Any) -> float:
-        """H_D from what the replay buffer holds, in this policy's density; beta follows it from now on.
+        """H_D from what the replay buffer holds, in this policy's density; `likelihood_target` from now on.
 
         Args:
             options: those of `estimate_log_likelihood_target`.
         """
-        target = estimate_log_likelihood_target(seen_transitions(self), self.policy.make_actor, **options)
-        self.temperature_controller.target = target
+        target = estimate_log_likelihood_target(seen_actions(self), self.policy.make_actor, **options)
+        self.likelihood_target = self.temperature_controller.target = target
         return target
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """So many steps of value and Q-functions, policy, beta and target, each on a batch of the replay buffer's."""
         assert self.replay_buffer is not None
-        if self._target_is_missing():
+        if gradient_steps < 1:
+            return
+        if self.likelihood_target == "auto":
             self.estimate_likelihood_target()
         self.policy.set_training_mode(True)
         self._update_learning_rate([self.actor.optimizer, self.critic.optimizer, self.value.optimizer])
@@ -224,7 +246,7 @@ class ACTIVE(OffPolicyAlgorithm):
         """A step of Eq. 3 and one of Eq. 4, both from the networks as they are; their losses."""
         discounts = self.gamma if batch.discounts is None else batch.discounts
         with torch.no_grad():
-            v_next = advantage.target(self.value(batch.next_observations)).unsqueeze(1)
+            v_next = advantage.target(self._values(batch.next_observations)).unsqueeze(1)
             y = batch.rewards + (1 - batch.dones) * discounts * v_next  # [B, 1]
         v = self.value(batch.observations)
         if self.value_loss == "expectile":
@@ -242,7 +264,7 @@ class ACTIVE(OffPolicyAlgorithm):
         density = self.actor.density(batch.observations)
         log_prob = density.log_prob(batch.actions).sum(dim=1)
         with torch.no_grad():
-            weights = advantage.weights(data_q, self.value(batch.observations))
+            weights = advantage.weights(data_q, self._values(batch.observations))
         if self.q_weight > 0:
             q = self.q_weight * self._least_target_q(batch.observations, density.rsample().clamp(-1, 1))
         else:
@@ -250,6 +272,13 @@ class ACTIVE(OffPolicyAlgorithm):
         actor_loss = cloning_policy_loss(q, log_prob, weights, self.temperature_controller.beta)
         _step(self.actor.optimizer, actor_loss)
         return actor_loss, log_prob.detach()
+
+    def _values(self, observations: Any) -> Tensor:
+        """V as it acts, in evaluation mode as target networks are, [m, B]."""
+        self.value.set_training_mode(False)
+        found: Tensor = self.value(observations)
+        self.value.set_training_mode(True)
+        return found
 
     def _least_target_q(self, observations: Any, actions: Tensor) -> Tensor:
         return torch.cat(self.critic_target(observations, actions), dim=1).amin(dim=1)
@@ -262,14 +291,12 @@ class ACTIVE(OffPolicyAlgorithm):
             self.logger.record(f"train/{name}", value)
         self.logger.record("train/beta", float(self.temperature_controller.beta.detach()))
 
-    def _target_is_missing(self) -> bool:
-        return self.likelihood_target == "auto" and self.temperature_controller.target is None
-
-    def collect_rollouts(self, *arguments: Any, **options: Any) -> RolloutReturn:
-        """SB3's; before H_D is known there is nothing that a policy could be held to."""
-        if self._target_is_missing():
-            fail("likelihood_target", "a number, or learn_offline before learn", "'auto'")
-        return super().collect_rollouts(*arguments, **options)
+    def _setup_learn(self, *arguments: Any, **options: Any) -> Any:
+        """SB3's; without H_D and data there is nothing that a policy could be held to."""
+        assert self.replay_buffer is not None
+        if self.likelihood_target == "auto" and self.replay_buffer.size() == 0:
+            fail("likelihood_target", "a number or None, or data before: learn_offline, or a filled buffer", "'auto'")
+        return super()._setup_learn(*arguments, **options)
 
     def learn(
         self: SelfACTIVE,
@@ -284,10 +311,11 @@ class ACTIVE(OffPolicyAlgorithm):
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def set_parameters(self, *arguments: Any, **options: Any) -> None:
-        """SB3's; a target that this model was given as a number goes before one that comes from a file."""
+        """SB3's; H_D and the bound of beta are the model's own settings."""
         super().set_parameters(*arguments, **options)
-        if isinstance(self.likelihood_target, (int, float)):
-            self.temperature_controller.target = self.likelihood_target
+        controller, target = self.temperature_controller, self.likelihood_target
+        controller.target = None if isinstance(target, str) else target
+        controller.beta.data.clamp_(max=self.max_beta if self.max_beta is not None else math.inf)
 
     def _excluded_save_params(self) -> list[str]:
         aliases = ["actor", "critic", "critic_target", "value", "temperature_controller"]
