@@ -9,7 +9,6 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Union
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ._checks import check_choice, check_fraction, check_integer, fail
-from .checkpoint import load, save
+from .buffer_state import KIND, OWN, loaded, outline_of, restore, state_of
+from .checkpoint import save
 from .clustering import Clusterer, MixtureClusterer, ranks_of_means
 from .critics import Critics
 from .embedding import EMBEDDINGS, Embedding, embed_rows
@@ -27,20 +27,12 @@ from .mixture import MixtureResult
 from .partition import check_responsibilities, check_rows
 from .prefetch import drawn_ahead
 from .reduction import ReducedClusterer, Reduction
-from .refresh import Every, OnDrift, RefreshPolicy, RefreshReport
+from .refresh import RefreshPolicy, RefreshReport
 from .sampling import SingleClusterSampler
 from .storage import RingStorage
 from .trajectories import Neighbours, Trajectories
 from .transitions import Observations, Transitions
 from .windows import Windows
-
-OWN = "the caller's own"  # of an option, in a checkpoint: a callable that no file can hold
-POLICIES = {"Every": Every, "OnDrift": OnDrift}
-# those that the state's meaning depends on
-SAME_OPTIONS = (
-    *("capacity", "n_clusters", "embedding", "max_dim", "reduction"),
-    *("assignment", "replacement", "trajectory_tail", "n_steps", "discount", "frame_stack"),
-)
 
 
 class ClusteredReplayBuffer:
@@ -163,7 +155,7 @@ class ClusteredReplayBuffer:
             "capacity": capacity,
             "n_clusters": n_clusters,
             "embedding": embedding if isinstance(embedding, str) else OWN,
-            "refresh": _outline_of(refresh),
+            "refresh": outline_of(refresh),
             "clusterer": OWN if own_clusterer else None,
             "max_dim": max_dim,
             "reduction": reduction,
@@ -400,20 +392,7 @@ class ClusteredReplayBuffer:
         Nested dicts, lists and tuples of tensors and plain values. The tensors are the buffer's own: copy them, or save
         them, before it changes.
         """
-        policy, report = self._refresh_policy, self._last_report
-        return {
-            "options": dict(self._options),
-            "storage": self._storage.state(),
-            "sampler": self._sampler.state(),
-            "clusterer": self._clusterer.state_dict(),
-            "trajectories": None if self._trajectories is None else self._trajectories.state(),
-            "neighbours": None if self._windows is None else self._windows.neighbours.state(),
-            "policy": policy.state_dict() if isinstance(policy, OnDrift) else None,
-            "batches": self._batches,
-            "next_refresh": self._next_refresh,
-            "report": None if report is None else asdict(report),
-            "last_rows": [[environment, row] for environment, row in self._last_rows.items()],
-        }
+        return state_of(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where the buffer that gave `state` was, batch for batch; on any device. Attach the critics again.
@@ -421,47 +400,7 @@ class ClusteredReplayBuffer:
         Raises:
             ValueError: for a state of another form, or of a buffer of other options; this one is unchanged then.
         """
-        try:
-            self._restore(state)
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-            fail("state", "what state_dict gave", f"{type(error).__name__}: {error}")
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        for name in SAME_OPTIONS:
-            if state["options"][name] != self._options[name]:
-                fail(name, f"{state['options'][name]!r}, as in the state", repr(self._options[name]))
-        storage = self._new_storage(self._options["storage"])
-        storage.restore(state["storage"])
-        sampler = SingleClusterSampler(
-            generator=torch.Generator(), assignment=self._sampler.assignment, replacement=self._sampler.replacement
-        )
-        sampler.restore(state["sampler"])
-        if sampler.size != len(storage):
-            fail("state", f"clusters of the {len(storage)} transitions held", sampler.size)
-        trajectories = None if self._trajectories is None else Trajectories(self.capacity)
-        if trajectories is not None:
-            trajectories.restore(state["trajectories"])
-        neighbours = None if self._windows is None else Neighbours(self.capacity)
-        if neighbours is not None:
-            neighbours.restore(state["neighbours"])
-        report = None if state["report"] is None else RefreshReport(**state["report"])
-        last_rows = {int(environment): int(row) for environment, row in state["last_rows"]}
-        batches, next_refresh = int(state["batches"]), int(state["next_refresh"])
-        before = self._clusterer.state_dict()
-        try:
-            self._clusterer.load_state_dict(_on(self.device, state["clusterer"]))
-        except Exception:
-            self._clusterer.load_state_dict(before)
-            raise
-        self._generator.set_state(sampler.generator.get_state())  # the clusterer draws from it, too
-        sampler.generator = self._generator
-        self._storage, self._sampler = storage, sampler
-        self._trajectories = trajectories
-        if self._windows is not None and neighbours is not None:
-            self._windows.storage, self._windows.neighbours = storage, neighbours
-        self._batches, self._next_refresh, self._last_report, self._last_rows = batches, next_refresh, report, last_rows
-        if isinstance(self._refresh_policy, OnDrift) and state["policy"] is not None:
-            self._refresh_policy.load_state_dict(state["policy"], self)
+        restore(self, state)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `state_dict` to one file, atomically: when that fails, the file that was there is whole.
@@ -469,7 +408,7 @@ class ClusteredReplayBuffer:
         Raises:
             OSError: when the file can not be written.
         """
-        save(path, "ClusteredReplayBuffer", self.state_dict())
+        save(path, KIND, self.state_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], **options: Any) -> ClusteredReplayBuffer:
@@ -484,18 +423,7 @@ class ClusteredReplayBuffer:
             OSError: without such a file.
             ValueError: for a file that is damaged, foreign or of another version; for an option that must be given.
         """
-        state = load(path, "ClusteredReplayBuffer")
-        try:
-            saved = dict(state["options"])
-            for name in ("embedding", "clusterer", "refresh"):
-                if saved[name] == OWN and name not in options:
-                    fail(name, "to be given, as the saved buffer had its own", "nothing")
-            if isinstance(saved["refresh"], dict) and "refresh" not in options:
-                saved["refresh"] = POLICIES[saved["refresh"]["policy"]](**saved["refresh"]["options"])
-            buffer = cls(**{**saved, **options})
-        except (AttributeError, KeyError, TypeError) as error:
-            fail("path", "the state of a buffer", f"{path}: {error}")
-        buffer.load_state_dict(state)
+        buffer: ClusteredReplayBuffer = loaded(cls, path, options)
         return buffer
 
     @property
@@ -549,21 +477,3 @@ def map_leaves(function: Callable[[Any], Tensor], observations: Any) -> Observat
     if isinstance(observations, tuple):
         return tuple(function(value) for value in observations)
     return function(observations)
-
-
-def _outline_of(policy: RefreshPolicy | None) -> Any:
-    """A refresh policy in plain values; OWN for one that is not ours."""
-    if isinstance(policy, (Every, OnDrift)) and type(policy) in POLICIES.values():
-        return {"policy": type(policy).__name__, "options": policy.options()}
-    return None if policy is None else OWN
-
-
-def _on(device: torch.device, state: Any) -> Any:
-    """The same state with its tensors on `device`."""
-    if isinstance(state, Tensor):
-        return state.to(device)
-    if isinstance(state, dict):
-        return {key: _on(device, value) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return type(state)(_on(device, value) for value in state)
-    return state

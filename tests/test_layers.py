@@ -46,6 +46,7 @@ LAYERS = {
     "refresh": 2,
     "backends": 3,
     "buffer": 3,
+    "buffer_state": 3,
     "checkpoint": 0,
     "diagnostics": 4,
     "datasets": 4,

@@ -1,0 +1,132 @@
+"""What a ClusteredReplayBuffer's batches to come depend on: taken out of one, put into one, and from a file.
+
+The buffer alone calls this, and it alone knows the buffer's insides.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._checks import fail
+from .checkpoint import load
+from .refresh import Every, OnDrift, RefreshPolicy, RefreshReport
+from .sampling import SingleClusterSampler
+from .trajectories import Neighbours, Trajectories
+
+KIND = "ClusteredReplayBuffer"  # of a file
+OWN = "the caller's own"  # of an option, in a checkpoint: a callable that no file can hold
+POLICIES = {"Every": Every, "OnDrift": OnDrift}
+# those that the state's meaning depends on
+SAME_OPTIONS = (
+    *("capacity", "n_clusters", "embedding", "max_dim", "reduction"),
+    *("assignment", "replacement", "trajectory_tail", "n_steps", "discount", "frame_stack"),
+)
+
+
+def outline_of(policy: RefreshPolicy | None) -> Any:
+    """A refresh policy in plain values; OWN for one that is not ours."""
+    if isinstance(policy, (Every, OnDrift)) and type(policy) in POLICIES.values():
+        return {"policy": type(policy).__name__, "options": policy.options()}
+    return None if policy is None else OWN
+
+
+def state_of(buffer: Any) -> dict[str, Any]:
+    """Everything but the critics, in nested containers of the buffer's own tensors and plain values."""
+    policy, report, windows = buffer._refresh_policy, buffer._last_report, buffer._windows
+    return {
+        "options": dict(buffer._options),
+        "storage": buffer._storage.state(),
+        "sampler": buffer._sampler.state(),
+        "clusterer": buffer._clusterer.state_dict(),
+        "trajectories": None if buffer._trajectories is None else buffer._trajectories.state(),
+        "neighbours": None if windows is None else windows.neighbours.state(),
+        "policy": policy.state_dict() if isinstance(policy, OnDrift) else None,
+        "batches": buffer._batches,
+        "next_refresh": buffer._next_refresh,
+        "report": None if report is None else asdict(report),
+        "last_rows": [[environment, row] for environment, row in buffer._last_rows.items()],
+    }
+
+
+def restore(buffer: Any, state: dict[str, Any]) -> None:
+    """Put in what `state_of` gave, all of it or nothing.
+
+    Raises:
+        ValueError: for a state of another form, or of a buffer of other options.
+    """
+    try:
+        _restore(buffer, state)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        fail("state", "what state_dict gave", f"{type(error).__name__}: {error}")
+
+
+def loaded(cls: Any, path: str | os.PathLike[str], options: dict[str, Any]) -> Any:
+    """A buffer of class `cls` as it was saved to `path`, but for some options."""
+    state = load(path, KIND)
+    try:
+        saved = dict(state["options"])
+        for name in ("embedding", "clusterer", "refresh"):
+            if saved[name] == OWN and name not in options:
+                fail(name, "to be given, as the saved buffer had its own", "nothing")
+        if isinstance(saved["refresh"], dict) and "refresh" not in options:
+            saved["refresh"] = POLICIES[saved["refresh"]["policy"]](**saved["refresh"]["options"])
+        buffer = cls(**{**saved, **options})
+    except (AttributeError, KeyError, TypeError) as error:
+        fail("path", "the state of a buffer", f"{path}: {error}")
+    restore(buffer, state)
+    return buffer
+
+
+def _restore(buffer: Any, state: dict[str, Any]) -> None:
+    for name in SAME_OPTIONS:
+        if state["options"][name] != buffer._options[name]:
+            fail(name, f"{state['options'][name]!r}, as in the state", repr(buffer._options[name]))
+    storage = buffer._new_storage(buffer._options["storage"])
+    storage.restore(state["storage"])
+    sampler = SingleClusterSampler(
+        generator=torch.Generator(), assignment=buffer._sampler.assignment, replacement=buffer._sampler.replacement
+    )
+    sampler.restore(state["sampler"])
+    if sampler.size != len(storage):
+        fail("state", f"clusters of the {len(storage)} transitions held", sampler.size)
+    trajectories = None if buffer._trajectories is None else Trajectories(buffer.capacity)
+    if trajectories is not None:
+        trajectories.restore(state["trajectories"])
+    neighbours = None if buffer._windows is None else Neighbours(buffer.capacity)
+    if neighbours is not None:
+        neighbours.restore(state["neighbours"])
+    report = None if state["report"] is None else RefreshReport(**state["report"])
+    last_rows = {int(environment): int(row) for environment, row in state["last_rows"]}
+    batches, next_refresh = int(state["batches"]), int(state["next_refresh"])
+    before = buffer._clusterer.state_dict()
+    try:
+        buffer._clusterer.load_state_dict(_on(buffer.device, state["clusterer"]))
+    except Exception:
+        buffer._clusterer.load_state_dict(before)
+        raise
+    # nothing fails from here on
+    buffer._generator.set_state(sampler.generator.get_state())  # the clusterer draws from it, too
+    sampler.generator = buffer._generator
+    buffer._storage, buffer._sampler, buffer._trajectories = storage, sampler, trajectories
+    if neighbours is not None:
+        buffer._windows.storage, buffer._windows.neighbours = storage, neighbours
+    buffer._batches, buffer._next_refresh = batches, next_refresh
+    buffer._last_report, buffer._last_rows = report, last_rows
+    if isinstance(buffer._refresh_policy, OnDrift) and state["policy"] is not None:
+        buffer._refresh_policy.load_state_dict(state["policy"], buffer)
+
+
+def _on(device: torch.device, state: Any) -> Any:
+    """The same state with its tensors on `device`."""
+    if isinstance(state, Tensor):
+        return state.to(device)
+    if isinstance(state, dict):
+        return {key: _on(device, value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(_on(device, value) for value in state)
+    return state
