@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
@@ -24,6 +25,7 @@ from c4buffer.embedding import embed_rows
 
 from .reading import transitions_of_samples
 
+GOAL_KEYS = {"observation", "achieved_goal", "desired_goal"}
 LIVE = {"_critics": None, "_sampler": None, "_batch": None, "_clusterer": None}  # while bound; never copied or pickled
 WIDEST_NORMS = 1024  # columns of a covariance whose norms are taken
 
@@ -63,6 +65,9 @@ class _Clustered(ReplayBuffer):
             check_integer("refresh_interval", refresh_interval, minimum=1)
         if c4_seed is not None:
             check_integer("c4_seed", c4_seed, minimum=0)
+        space = options.get("observation_space", arguments[1] if len(arguments) > 1 else None)
+        if space is not None:
+            self._check_space(space)
         super().__init__(*arguments, **options)
         if n_clusters > self.buffer_size * self.n_envs:
             fail("n_clusters", f"at most the {self.buffer_size * self.n_envs} transitions of the buffer", n_clusters)
@@ -78,6 +83,15 @@ class _Clustered(ReplayBuffer):
         self._warned = False
         self._since_refresh = 0
         vars(self).update(LIVE)
+
+    @classmethod
+    def _check_space(cls, space: spaces.Space[Any]) -> None:
+        """Of the observations, by which SB3 would fail further on."""
+        keyed = issubclass(cls, DictReplayBuffer)
+        if isinstance(space, spaces.Dict) != keyed:
+            other = "ClusteredReplayBuffer" if keyed else "ClusteredDictReplayBuffer or ClusteredHerReplayBuffer"
+            expected = f"{'a Dict' if keyed else 'no Dict'} for a {cls.__name__}; {other} is for the others"
+            fail("observation_space", expected, repr(space))
 
     def bind(self, critics: Critics, *, seed: int | None = None) -> None:
         """From now on, cluster by these critics, first with the next batch. Another binding is forgotten.
@@ -289,6 +303,12 @@ class ClusteredNStepReplayBuffer(_Clustered, NStepReplayBuffer):
 
 class ClusteredHerReplayBuffer(_Clustered, HerReplayBuffer):
     """The same with hindsight: rows are clustered with the goals that they had; a batch's relabelled share follows."""
+
+    @classmethod
+    def _check_space(cls, space: spaces.Space[Any]) -> None:
+        keys = set(space.spaces) if isinstance(space, spaces.Dict) else set()
+        if not keys >= GOAL_KEYS:
+            fail("observation_space", f"a Dict with {', '.join(sorted(GOAL_KEYS))}, for hindsight", repr(space))
 
     def _is_valid(self, rows: np.ndarray) -> np.ndarray:
         """Rows of whole episodes."""

@@ -79,6 +79,10 @@ def attach(model: Any, penalty: Any, penalty_every: int) -> None:
     if not isinstance(model.replay_buffer, _Clustered):
         name = type(model.replay_buffer).__name__
         fail("model", "one with replay_buffer_class=ClusteredReplayBuffer, or another clustered one", f"a {name}")
+    for name in ("observation_space", "action_space"):
+        own, buffers = getattr(model, name), getattr(model.replay_buffer, name)
+        if own != buffers:
+            fail("model", f"a replay buffer of its own {name}, {own}", str(buffers))
     detach(model)
     ATTACHED[model] = _Attachment(model, critics, penalty, penalty_every)
 

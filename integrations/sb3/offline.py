@@ -43,6 +43,8 @@ def learn_offline(
     check_integer("total_timesteps", total_timesteps, minimum=1)
     if not isinstance(model, OffPolicyAlgorithm):
         fail("model", "an off-policy model, which learns from a replay buffer", type(model).__name__)
+    if model.env is None:
+        fail("model", "one with an environment, for its spaces and its reset (model.set_env)", "one without")
     normalizing: Any = model.get_vec_normalize_env()
     if normalizing is not None and _seen(normalizing) < 1:
         fail(

@@ -492,6 +492,22 @@ def test_what_does_not_fit_is_refused() -> None:
         _ = clustered(SAC).replay_buffer.probabilities
 
 
+def test_spaces_that_do_not_fit_a_buffer_are_refused() -> None:
+    goals = "observation_space: expected a Dict with achieved_goal, desired_goal, observation, for hindsight"
+    for env, cls, policy, message in (
+        (Toy(), ClusteredHerReplayBuffer, "MlpPolicy", goals),
+        (Toy("dict"), ClusteredHerReplayBuffer, "MultiInputPolicy", goals),
+        (Toy(), ClusteredDictReplayBuffer, "MlpPolicy", "observation_space: expected a Dict for a ClusteredDict"),
+        (Toy("dict"), ClusteredReplayBuffer, "MultiInputPolicy", "observation_space: expected no Dict for a Clustered"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            clustered(SAC, env, cls=cls, policy=policy)
+    model = clustered(SAC)
+    model.replay_buffer = ClusteredReplayBuffer(100, spaces.Box(-1, 1, (7,)), model.action_space)
+    with pytest.raises(ValueError, match="model: expected a replay buffer of its own observation_space, Box"):
+        model.learn(40, callback=C4Callback())
+
+
 def test_gradients_are_those_of_the_critics_own_forward() -> None:
     model = clustered(SAC)
     model.learn(40, callback=C4Callback())

@@ -354,6 +354,8 @@ def test_wrong_input() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             active(**options)
+    with pytest.raises(ValueError, match="env: expected an environment, or its id, got None"):
+        ACTIVE("MlpPolicy", None)
     with pytest.raises(AssertionError, match="only supports .*Box.* as action spaces but Discrete"):
         active(OnlySpaces(discrete=True))
     assert isinstance(active().action_space, spaces.Box)

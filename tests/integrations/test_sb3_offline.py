@@ -180,6 +180,10 @@ def test_what_does_not_fit_is_refused_and_the_buffer_keeps_what_it_has() -> None
         assert model.replay_buffer.size() == 100
     with pytest.raises(ValueError, match="model: expected an off-policy model"):
         learn_offline(PPO("MlpPolicy", Toy(), device="cpu"), data(), 1)
+    without = offline_model(SAC)
+    without.env = None
+    with pytest.raises(ValueError, match="model: expected one with an environment"):
+        learn_offline(without, data(), 1)
     with pytest.raises(ValueError, match="total_timesteps: expected an integer of at least 1"):
         learn_offline(model, data(), 0)
     several = model_of(

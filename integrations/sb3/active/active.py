@@ -85,7 +85,7 @@ class ACTIVE(OffPolicyAlgorithm):
     def __init__(
         self,
         policy: str | type[ACTIVEPolicy],
-        env: GymEnv | str,
+        env: GymEnv | str | None,
         learning_rate: float | Schedule = 3e-4,
         buffer_size: int = 1_000_000,
         learning_starts: int = 100,
@@ -120,6 +120,8 @@ class ACTIVE(OffPolicyAlgorithm):
         device: torch.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
+        if env is None and _init_setup_model:
+            fail("env", "an environment, or its id", "None")
         super().__init__(
             policy,
             env,
