@@ -124,7 +124,7 @@ class ACTIVE(OffPolicyAlgorithm):
             fail("env", "an environment, or its id", "None")
         super().__init__(
             policy,
-            env,
+            env,  # type: ignore[arg-type]  # None while `load` makes it
             learning_rate,
             buffer_size,
             learning_starts,
