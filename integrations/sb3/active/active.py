@@ -32,7 +32,7 @@ SelfACTIVE = TypeVar("SelfACTIVE", bound="ACTIVE")
 
 
 class ACTIVE(OffPolicyAlgorithm):
-    r"""ACTIVE (ICLR 2025): offline from a filled buffer, as `learn_offline` does, and online from there.
+    """ACTIVE (ICLR 2025): offline from a filled buffer, as `learn_offline` does, and online from there.
 
     With one member, `q_weight=0` and `likelihood_target=None` it is IQL ("expectile") or SQL's value learning with
     advantage-weighted regression ("sparse").
