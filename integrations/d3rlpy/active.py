@@ -15,7 +15,7 @@ from d3rlpy.algos.qlearning.torch.ddpg_impl import (
 )
 from d3rlpy.constants import ActionSpace
 from d3rlpy.dataclass_utils import asdict_as_float
-from d3rlpy.dataset import MixedReplayBuffer
+from d3rlpy.dataset import MixedReplayBuffer, ReplayBuffer
 from d3rlpy.models.builders import create_continuous_q_function, create_normal_policy, create_value_function
 from d3rlpy.models.encoders import EncoderFactory
 from d3rlpy.models.q_functions import MeanQFunctionFactory
@@ -96,10 +96,14 @@ class ACTIVE(QLearningAlgoBase["ACTIVEImpl", ACTIVEConfig]):
     def fitter(self, dataset: Any, *arguments: Any, **options: Any) -> Iterator[tuple[int, dict[str, float]]]:
         """d3rlpy's `fitter`, with batches from the dataset's columns; before the first, H_D is estimated if need be.
 
-        Of a MixedReplayBuffer, and where C4 draws the batches, they are taken as they come.
+        Of a MixedReplayBuffer or a subclass's, and where C4 draws the batches, they are taken as they come.
+
+        Raises:
+            ValueError: for discrete actions.
         """
+        _check_continuous(dataset)
         view = copy.copy(dataset)
-        drawn_elsewhere = isinstance(dataset, MixedReplayBuffer) or "sample_transition_batch" in vars(dataset)
+        drawn_elsewhere = type(dataset) is not ReplayBuffer or "sample_transition_batch" in vars(dataset)
         batches: Any = None
 
         def sample(batch_size: int) -> Any:
@@ -133,6 +137,15 @@ class ACTIVE(QLearningAlgoBase["ACTIVEImpl", ACTIVEConfig]):
         if self._config.likelihood_target == "auto" and target is None:
             fail("likelihood_target", "a number, or a fit before fit_online", "'auto'")
         super().fit_online(env, *arguments, **options)
+
+    def build_with_dataset(self, dataset: Any) -> None:
+        """d3rlpy's.
+
+        Raises:
+            ValueError: for discrete actions.
+        """
+        _check_continuous(dataset)
+        super().build_with_dataset(dataset)
 
     def get_action_type(self) -> ActionSpace:
         return ActionSpace.CONTINUOUS
@@ -183,6 +196,11 @@ class ACTIVE(QLearningAlgoBase["ACTIVEImpl", ACTIVEConfig]):
             enable_ddp=ddp,
             **DENSITY,
         )
+
+
+def _check_continuous(dataset: Any) -> None:
+    if dataset.dataset_info.action_space != ActionSpace.CONTINUOUS:
+        fail("dataset", "continuous actions, which have a density", "discrete ones")
 
 
 @dataclasses.dataclass(frozen=True)

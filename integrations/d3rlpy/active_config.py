@@ -82,7 +82,7 @@ class ACTIVEConfig(LearnableConfig):
         target = self.likelihood_target
         if isinstance(target, str):
             check_choice("likelihood_target", target, ("auto",))
-        elif target is not None and not math.isfinite(target):
+        elif target is not None and (isinstance(target, bool) or not math.isfinite(target)):
             fail("likelihood_target", "a finite number, 'auto' or None", repr(target))
         check_number("beta_learning_rate", self.beta_learning_rate, minimum=0)
         if self.max_beta is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.type_aliases import RolloutReturn
 
 from c4buffer import CovariancePenalty
 from c4buffer._checks import check_integer, fail
@@ -79,12 +82,15 @@ def attach(model: Any, penalty: Any, penalty_every: int) -> None:
     if not isinstance(model.replay_buffer, _Clustered):
         name = type(model.replay_buffer).__name__
         fail("model", "one with replay_buffer_class=ClusteredReplayBuffer, or another clustered one", f"a {name}")
-    for name in ("observation_space", "action_space"):
+    for name in ("observation_space", "action_space", "n_envs"):
         own, buffers = getattr(model, name), getattr(model.replay_buffer, name)
         if own != buffers:
             fail("model", f"a replay buffer of its own {name}, {own}", str(buffers))
     detach(model)
     ATTACHED[model] = _Attachment(model, critics, penalty, penalty_every)
+    online: Any = type(model)
+    if not issubclass(online, _Watched):
+        model.__class__ = _watched_class(online)
 
 
 def detach(model: Any) -> None:
@@ -92,6 +98,34 @@ def detach(model: Any) -> None:
     attachment = ATTACHED.pop(model, None)
     if attachment is not None:
         attachment.remove()
+    if type(model).__bases__[0] is _Watched:
+        model.__class__ = type(model).__bases__[1]
+
+
+class _Watched(OffPolicyAlgorithm):
+    """Takes everything off when an exception leaves the model's own code: then no callback hears of an end."""
+
+    def collect_rollouts(self, *arguments: Any, **options: Any) -> RolloutReturn:
+        with _taken_off_by_exceptions(self):
+            return super().collect_rollouts(*arguments, **options)
+
+    def train(self, *arguments: Any, **options: Any) -> None:
+        with _taken_off_by_exceptions(self):
+            super().train(*arguments, **options)
+
+
+@contextmanager
+def _taken_off_by_exceptions(model: Any) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        detach(model)
+        raise
+
+
+@functools.cache
+def _watched_class(base: Any) -> type:
+    return type(base.__name__, (_Watched, base), {"__module__": base.__module__})
 
 
 class _Attachment:

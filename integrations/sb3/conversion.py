@@ -62,9 +62,10 @@ def fill_replay_buffer(model: Any, transitions: Transitions) -> None:
         ValueError: for another model, and for transitions of other spaces or more than the buffer holds; the buffer is
             unchanged then.
     """
-    buffer: Any = model.replay_buffer
+    buffer: Any = getattr(model, "replay_buffer", None)
     if not isinstance(buffer, ReplayBuffer) or isinstance(buffer, HerReplayBuffer):
-        fail("model", "one with a replay buffer of transitions, without hindsight", type(buffer).__name__)
+        got = f"{type(model).__name__} with {'none' if buffer is None else type(buffer).__name__}"
+        fail("model", "one with a replay buffer of transitions, without hindsight", got)
     if buffer.n_envs != 1 or buffer.optimize_memory_usage:
         fail("model", "one environment and optimize_memory_usage=False", "another setting")
     rows = len(transitions)

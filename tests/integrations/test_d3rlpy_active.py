@@ -355,8 +355,10 @@ def test_wrong_fields_are_refused(fields: dict[str, Any], message: str) -> None:
 
 
 def test_discrete_actions_are_refused_with_a_reason() -> None:
-    with pytest.raises(AssertionError, match="not compatible with the algorithm. Please use discrete"):  # d3rlpy's own
-        active().create().fit(dataset_of(episodes(discrete=True)), n_steps=2, **QUIET)
+    discrete = dataset_of(episodes(discrete=True))
+    for call in (lambda algo: algo.fit(discrete, n_steps=2, **QUIET), lambda algo: algo.build_with_dataset(discrete)):
+        with pytest.raises(ValueError, match="dataset: expected continuous actions, .* got discrete"):
+            call(active().create())
 
 
 def test_a_fits_batches_are_the_datasets_rows_all_alike_and_the_same_for_one_seed(
@@ -404,3 +406,78 @@ def test_rewards_and_observations_are_scaled_as_the_algorithm_says() -> None:
         found = (batch.observations[:, None] == expected.observations[None]).all(dim=2).any(dim=1)
         assert found.all()
         assert (batch.actions[:, None] == expected.actions[None]).all(dim=2).any(dim=1).all()
+
+
+def test_a_subclass_of_the_hosts_buffer_goes_on_drawing_its_own_batches() -> None:
+    calls: list[int] = []
+
+    class Prioritised(d3rlpy.dataset.ReplayBuffer):
+        def sample_transition_batch(self, batch_size: int) -> Any:
+            calls.append(batch_size)
+            return super().sample_transition_batch(batch_size)
+
+    plain = dataset_of(episodes())
+    dataset = Prioritised(d3rlpy.dataset.InfiniteBuffer(), episodes=plain.episodes)
+    active().create().fit(dataset, n_steps=3, n_steps_per_epoch=3, **QUIET)
+    assert calls == [16, 16, 16]
+
+
+def test_multi_step_targets_discount_by_their_steps() -> None:
+    dataset = dataset_of(episodes())
+    dataset._transition_picker = d3rlpy.dataset.MultiStepTransitionPicker(n_steps=3, gamma=0.9)
+    algo = built(active(gamma=0.9, n_members=2), dataset)
+    batch = torch_batch_of(mini_batch(dataset, range(60)))
+    assert {1.0, 3.0} <= set(batch.intervals[:, 0].tolist())
+    with torch.no_grad():
+        v_next = algo.impl.modules.value_funcs(batch.next_observations).amin(dim=0)
+        powers = torch.tensor([0.9**n for n in batch.intervals[:, 0].tolist()])
+        y = batch.rewards[:, 0] + powers * (1 - batch.terminals[:, 0]) * v_next
+        members = [q(batch.observations, batch.actions).q_value[:, 0] for q in algo.impl.modules.q_funcs]
+        expected = sum(((q - y) ** 2).mean() for q in members)
+    loss = algo.impl.compute_critic_loss(batch, algo.impl.compute_target(batch))
+    assert loss.q_loss.item() == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_sparse_value_learning_with_one_member_and_fixed_temperature_is_sqls() -> None:
+    """SQL's V and Q by formulas of our own, ten updates beside the algorithm's."""
+    dataset = dataset_of(episodes())
+    options: dict[str, Any] = {"n_members": 1, "q_weight": 0.0, "likelihood_target": None, "alpha": 0.7}
+    algo = built(active(value_loss="sparse", **options), dataset)
+    modules = algo.impl.modules
+    q_funcs, targets = copy.deepcopy(modules.q_funcs), copy.deepcopy(modules.targ_q_funcs)
+    v = copy.deepcopy(modules.value_funcs)
+    optimizer = torch.optim.Adam([*q_funcs.parameters(), *v.parameters()], lr=algo.config.critic_learning_rate)
+
+    def q_of(networks: Any, batch: Any) -> torch.Tensor:
+        return torch.stack([q(batch.observations, batch.actions).q_value[:, 0] for q in networks])
+
+    for i in range(10):
+        rows = mini_batch(dataset, np.random.default_rng(i).integers(100, size=16))
+        algo.update(rows)
+        batch = torch_batch_of(rows)
+        with torch.no_grad():
+            y = batch.rewards[:, 0] + 0.99 * (1 - batch.terminals[:, 0]) * v(batch.next_observations)[0]
+            data_q = q_of(targets, batch).amin(dim=0)
+        values = v(batch.observations)[0]
+        residual = (data_q - values) / (2 * 0.7) + 1
+        sparse = torch.where(residual > 0, residual**2, torch.zeros_like(residual)) + values / 0.7
+        loss = ((q_of(q_funcs, batch) - y) ** 2).mean(dim=1).sum() + sparse.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            for target, live in zip(targets.parameters(), q_funcs.parameters()):
+                target.lerp_(live, algo.config.eta)
+    for ours, theirs in ((modules.q_funcs, q_funcs), (modules.value_funcs, v), (modules.targ_q_funcs, targets)):
+        for one, other in zip(ours.parameters(), theirs.parameters()):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_actions_at_the_edge_of_the_box_train() -> None:
+    dataset = dataset_of(episodes())
+    for episode in dataset.episodes:
+        episode.actions[:] = np.sign(episode.actions)
+    algo = small(ACTIVEConfig, likelihood_target="auto").create()
+    [(_, metrics)] = algo.fit(dataset, n_steps=20, n_steps_per_epoch=20, **QUIET)
+    assert math.isfinite(algo.impl.modules.temperature.target)
+    assert all(map(math.isfinite, metrics.values()))

@@ -15,7 +15,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from c4buffer.integrations.d3rlpy import C4Config, critics_of, measure, transitions_of, wrap
+from c4buffer.integrations.d3rlpy import ACTIVEConfig, C4Config, critics_of, measure, transitions_of, wrap
 from d3rlpy.algos import BCQConfig, CQLConfig, DiscreteCQLConfig, DQNConfig, IQLConfig, SACConfig, TD3PlusBCConfig
 from d3rlpy.constants import LoggingStrategy
 from d3rlpy.dataset import Episode, FrameStackTransitionPicker, MultiStepTransitionPicker, ReplayBuffer
@@ -437,7 +437,7 @@ def test_every_logger_writes_the_metrics_of_c4(tmp_path: Path, monkeypatch: pyte
 
 def _train_on_rank(rank: int, port: int, name: str, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    config = {cls.__name__: cls for cls in ALL}[name]
+    config = {cls.__name__: cls for cls in (*ALL, ACTIVEConfig)}[name]
     d3rlpy.seed(0)
     dataset = data_for(config)
     fields: dict[str, Any] = {"n_clusters": 2, "refresh_interval": 3, "penalty_every": 2, "seed": 0}
@@ -446,12 +446,15 @@ def _train_on_rank(rank: int, port: int, name: str, folder: str) -> None:
     algo = C4Config(base=small(config), **fields).create(False, enable_ddp=True)
     algo.fit(dataset, n_steps=8, n_steps_per_epoch=8, **QUIET)
     state = [parameter.detach().clone() for parameter in algo.impl.q_function.parameters()]
+    if config is ACTIVEConfig:
+        temperature = algo.impl.modules.temperature
+        state += [temperature.beta.detach(), torch.tensor(temperature.target)]
     torch.save([state, algo.c4_buffer.sample(50).indices], f"{folder}/{rank}.pt")
     measure(algo, transitions_of(dataset, algo))
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("config", [TD3PlusBCConfig, IQLConfig, CQLConfig, DQNConfig])
+@pytest.mark.parametrize("config", [TD3PlusBCConfig, IQLConfig, CQLConfig, DQNConfig, ACTIVEConfig])
 def test_two_ranks_end_with_the_same_networks_and_draw_batches_of_their_own(config: type, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

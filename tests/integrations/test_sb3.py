@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import random
 import textwrap
 import warnings
 from pathlib import Path
@@ -21,15 +22,21 @@ from c4buffer.integrations.sb3 import (
     ClusteredReplayBuffer,
     attached,
     critics_of,
+    learn_offline,
+    load_replay_buffer,
+    save_replay_buffer,
+    transitions_of,
 )
 from c4buffer.integrations.sb3.reading import transitions_of_samples
 from gymnasium import spaces
 from sb3_contrib import QRDQN, TQC, CrossQ
 from stable_baselines3 import DDPG, DQN, PPO, SAC, TD3
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from c4buffer import CovariancePenalty, stacked_gradients
 
@@ -153,6 +160,10 @@ PLACES = {
     SAC: "critic_loss = 0.5 * sum(F.mse_loss(current_q, target_q_values) for current_q in current_q_values)",
     TD3: "critic_loss = sum(F.mse_loss(current_q, target_q_values) for current_q in current_q_values)",
     DQN: "loss = F.smooth_l1_loss(current_q_values, target_q_values)",
+    TQC: "critic_loss = quantile_huber_loss(current_quantiles, target_quantiles, sum_over_quantiles=False)",
+    CrossQ: "critic_loss = 0.5 * sum("
+    "F.mse_loss(current_q, target_q_values.detach()) for current_q in current_q_values)",
+    QRDQN: "loss = quantile_huber_loss(current_quantiles, target_quantiles, sum_over_quantiles=True)",
 }
 
 
@@ -170,10 +181,15 @@ def with_penalty_in_its_source(algorithm: Any, penalty: CovariancePenalty) -> An
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "options"), [(SAC, {}), (TD3, {}), (DDPG, {}), (DQN, {}), (DQN, {"max_grad_norm": 0.01})]
+    ("algorithm", "options"),
+    [
+        *((algorithm, {}) for algorithm in ALL),
+        (DQN, {"max_grad_norm": 0.01}),
+        (QRDQN, {"max_grad_norm": 0.01, "learning_rate": 1e-2}),
+    ],
 )
 def test_the_penalty_equals_the_term_in_the_hosts_source(algorithm: Any, options: dict[str, Any]) -> None:
-    penalty = CovariancePenalty(0.5, scale="relative")
+    penalty = CovariancePenalty(50.0 if algorithm is QRDQN else 0.5, scale="relative")
     changed = with_penalty_in_its_source(algorithm, penalty)
     # each is made and trained before the next one, as making one sets the global seeds
     expected = model_of(changed, **options).learn(40)
@@ -246,9 +262,21 @@ def test_nothing_is_left_behind() -> None:
         def _on_step(self) -> bool:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        model.learn(40, callback=[C4Callback(penalty), Stop()])
-    model.learn(40, callback=C4Callback(penalty))  # takes off what the interrupted one has left
+    for learn in (model.learn, lambda *a, **k: learn_offline(model, transitions_of(model), *a, **k)):
+        with pytest.raises(KeyboardInterrupt):
+            learn(40, callback=[C4Callback(penalty), Stop()])
+        assert "zero_grad" not in vars(optimizer)
+        assert model.replay_buffer._sampler is None
+        assert type(model) is SAC
+    with attached(model):  # and within a binding there may be another
+        learn_offline(model, transitions_of(model), 3, callback=C4Callback(penalty))
+    assert type(model) is SAC
+
+    def failing(*_: Any) -> Any:
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        model.learn(40, callback=C4Callback(failing))  # type: ignore[arg-type]
     assert "zero_grad" not in vars(optimizer)
     assert all(parameter.grad is None for parameter in model.critic_target.parameters())
 
@@ -480,6 +508,13 @@ def test_what_does_not_fit_is_refused() -> None:
         critics_of(PPO("MlpPolicy", Toy(), device="cpu"))
     with pytest.raises(ValueError, match="model: expected one with replay_buffer_class=.*, got .*a ReplayBuffer"):
         model_of(SAC).learn(30, callback=C4Callback())
+    for call in (lambda model: model.learn(30, callback=C4Callback()), lambda model: attached(model).__enter__()):
+        with pytest.raises(ValueError, match="model: expected an off-policy model, .* got PPO"):
+            call(PPO("MlpPolicy", Toy(), device="cpu"))
+    several = clustered(SAC)
+    several.replay_buffer = clustered(SAC, DummyVecEnv([Toy] * 2)).replay_buffer
+    with pytest.raises(ValueError, match="model: expected a replay buffer of its own n_envs, 1, got 2"):
+        several.learn(30, callback=C4Callback())
     with pytest.raises(ValueError, match="n_clusters: expected an integer of at least 1, got 0"):
         clustered(SAC, n_clusters=0)
     with pytest.raises(ValueError, match="penalty: expected a callable"):
@@ -508,16 +543,163 @@ def test_spaces_that_do_not_fit_a_buffer_are_refused() -> None:
         model.learn(40, callback=C4Callback())
 
 
-def test_gradients_are_those_of_the_critics_own_forward() -> None:
-    model = clustered(SAC)
-    model.learn(40, callback=C4Callback())
-    batch = transitions_of_samples(ReplayBuffer.sample(model.replay_buffer, 8))
-    critics = critics_of(model)
-    found = stacked_gradients(critics, batch)
-    observations, actions = batch.observations.clone().requires_grad_(), batch.actions.clone().requires_grad_()
-    q = torch.cat(model.critic(observations, actions), dim=1).mean(dim=1)
-    expected = torch.cat(torch.autograd.grad(q.sum(), [observations, actions]), dim=1)
-    torch.testing.assert_close(found[:, 5:], expected)
+def own_gradients(model: Any, batch: Any) -> torch.Tensor:
+    """[g', g] by the model's own networks: the target's at its own next action, the live ones' at the data's."""
+    found = []
+    live = batch.terminals == 0
+    for target, observations in ((True, batch.next_observations), (False, batch.observations)):
+        s = observations.clone().requires_grad_()
+        if isinstance(model, tuple(DISCRETE)):
+            name = "q_net" if isinstance(model, DQN) else "quantile_net"
+            values = getattr(model, name + ("_target" if target else ""))(s)
+            values = values if values.ndim == 2 else values.mean(dim=1)
+            chosen = values.argmax(dim=1) if target else batch.actions
+            inputs, q = [s], values.gather(1, chosen[:, None])[:, 0]
+        else:
+            if target:
+                actor = getattr(model, "actor_target", None)
+                a = model.actor(s, deterministic=True) if actor is None else actor(s)
+            else:
+                a = batch.actions
+            inputs = [s, a.detach().clone().requires_grad_()]
+            critic = getattr(model, "critic_target", model.critic) if target else model.critic
+            critic.set_training_mode(False)
+            members = critic(*inputs)
+            members = members.mean(dim=2) if isinstance(members, torch.Tensor) else torch.cat(members, dim=1)
+            q = members.mean(dim=1)
+        gradients = torch.cat(torch.autograd.grad(q.sum(), inputs), dim=1)
+        found.append(gradients * live[:, None] if target else gradients)
+    return torch.cat(found, dim=1)
+
+
+@pytest.mark.parametrize("algorithm", ALL)
+def test_gradients_are_those_of_the_models_own_networks(algorithm: Any) -> None:
+    model = clustered(algorithm, learning_rate=0.01)  # so that targets are far from what they follow
+    model.learn(60, callback=C4Callback())
+    batch = transitions_of_samples(ReplayBuffer.sample(model.replay_buffer, 30))
+    assert 0 < batch.terminals.sum() < 30
+    torch.testing.assert_close(stacked_gradients(critics_of(model), batch), own_gradients(model, batch))
+
+
+def test_the_penaltys_gradient_has_k_times_its_weight_on_every_kth_step() -> None:
+    gradients = []
+    for every in (1, 3):
+        model = clustered(SAC, n_clusters=1).learn(30, callback=C4Callback())
+        with attached(model, CovariancePenalty(0.3), penalty_every=every):
+            np.random.seed(0)
+            model.replay_buffer.sample(16)
+            model.critic.optimizer.zero_grad()
+            gradients.append([parameter.grad.clone() for parameter in model.critic.parameters() if parameter.ndim == 2])
+    for one, three in zip(*gradients):
+        torch.testing.assert_close(3 * one, three)
+
+
+def test_clusters_are_found_anew_on_schedule_and_touch_no_global_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    states: list[Any] = []
+    refresh = ClusteredReplayBuffer._refresh
+
+    def watched(buffer: Any, env: Any) -> None:
+        before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+        refresh(buffer, env)
+        assert torch.equal(before[0], torch.get_rng_state())
+        np.testing.assert_array_equal(before[1], np.random.get_state()[1])
+        assert before[2] == random.getstate()
+        states.append(buffer.c4_metrics)
+
+    monkeypatch.setattr(ClusteredReplayBuffer, "_refresh", watched)
+    model = clustered(SAC, DummyVecEnv([Toy] * 2)).learn(20 + 2 * 60, callback=C4Callback())
+    assert model._n_updates == 60
+    assert len(states) == 6
+
+
+def test_overwritten_rows_belong_to_each_cluster_in_its_share() -> None:
+    model = clustered(SAC, buffer={"refresh_interval": 10**6}, buffer_size=60)
+    model.learn(100, callback=C4Callback())
+    buffer = model.replay_buffer
+    buffer.bind(critics_of(model))
+    buffer.sample(16)
+    row = buffer.pos
+    before = buffer._sampler.responsibilities[row].double()
+    buffer.add(*(np.zeros((1, size), np.float32) for size in (3, 3, 2)), np.zeros(1), np.zeros(1), [{}])
+    after = buffer._sampler.responsibilities[row].double()
+    torch.testing.assert_close(after, buffer.probabilities, rtol=1e-6, atol=1e-7)
+    assert not torch.allclose(before, after)
+
+
+@pytest.mark.parametrize("n_envs", [1, 4])
+@pytest.mark.parametrize("kind", ["dict", "n-step", "hindsight"])
+def test_with_one_cluster_each_kind_of_buffer_is_the_hosts(kind: str, n_envs: int) -> None:
+    make = {"dict": lambda: Toy("dict"), "n-step": Toy, "hindsight": Goal}[kind]
+    stock, ours = {
+        "dict": (DictReplayBuffer, ClusteredDictReplayBuffer),
+        "n-step": (NStepReplayBuffer, ClusteredNStepReplayBuffer),
+        "hindsight": (HerReplayBuffer, ClusteredHerReplayBuffer),
+    }[kind]
+    policy = "MlpPolicy" if kind == "n-step" else "MultiInputPolicy"
+    kwargs = {"n_steps": 3, "gamma": 0.9} if kind == "n-step" else {}
+    options: dict[str, Any] = {"policy": policy, "learning_starts": 100}
+    expected = model_of(
+        SAC, DummyVecEnv([make] * n_envs), replay_buffer_class=stock, replay_buffer_kwargs=kwargs, **options
+    ).learn(200)
+    found = clustered(SAC, DummyVecEnv([make] * n_envs), n_clusters=1, cls=ours, buffer=kwargs, **options)
+    assert_equal(expected, found.learn(200, callback=C4Callback(CovariancePenalty(0.0))))
+
+
+@pytest.mark.parametrize("kind", ["dict", "n-step", "image"])
+def test_rows_of_four_environments_are_read_as_the_host_reads_them(kind: str) -> None:
+    cls, options = {
+        "dict": (ClusteredDictReplayBuffer, {"policy": "MultiInputPolicy"}),
+        "n-step": (ClusteredNStepReplayBuffer, {"buffer": {"n_steps": 3, "gamma": 0.9}}),
+        "image": (ClusteredReplayBuffer, {"policy": "CnnPolicy"}),
+    }[kind]
+    env = DummyVecEnv([lambda: Toy("box" if kind == "n-step" else kind)] * 4)
+    model = clustered(SAC, env, cls=cls, buffer_size=80, learning_starts=10**6, **options).learn(200)
+    buffer = model.replay_buffer
+    for row in range(80):
+        position, e = divmod(row, 4)
+        found = buffer._samples(np.array([row]), None)
+        if kind == "n-step":
+            reward, gone, place = 0.0, 0, position
+            for k in range(3):
+                reward += 0.9**k * buffer.rewards[place, e]
+                gone, last = k, place
+                if buffer.dones[place, e] or (place + 1) % buffer.buffer_size == buffer.pos:
+                    break
+                place = (place + 1) % buffer.buffer_size
+            assert float(found.rewards) == pytest.approx(reward, rel=1e-5)
+            assert float(found.discounts) == pytest.approx(0.9 ** (gone + 1))
+            np.testing.assert_array_equal(found.next_observations[0], buffer.next_observations[last, e])
+        elif kind == "dict":
+            for key in ("a", "b"):
+                np.testing.assert_array_equal(found.observations[key][0], buffer.observations[key][position, e])
+        else:
+            np.testing.assert_array_equal(found.observations[0], buffer.observations[position, e])
+        np.testing.assert_array_equal(found.actions[0], buffer.actions[position, e])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_environments_here_are_as_gymnasium_asks() -> None:
+    for env in (*(Toy(kind, discrete) for kind in ("box", "image", "dict") for discrete in (False, True)), Goal()):
+        check_env(env)
+
+
+def test_what_is_loaded_in_the_middle_goes_on_with_clusters_and_penalty(tmp_path: Path) -> None:
+    model = clustered(SAC).learn(60, callback=C4Callback())
+    model.save(tmp_path / "model")
+    save_replay_buffer(model, tmp_path / "buffer")
+    loaded = SAC.load(tmp_path / "model", env=model.get_env(), device="cpu")
+    load_replay_buffer(loaded, tmp_path / "buffer")
+    seen: list[tuple[int, float]] = []
+
+    class Watch(BaseCallback):
+        def _on_step(self) -> bool:
+            seen.append((loaded.replay_buffer.cluster, self.logger.name_to_value.get("c4/penalty", 0.0)))
+            return True
+
+    penalty = CovariancePenalty(0.1, scale="relative")
+    loaded.learn(40, callback=[C4Callback(penalty), Watch()], reset_num_timesteps=False)
+    assert {cluster for cluster, _ in seen[1:]} <= {0, 1, 2}
+    assert all(value > 0 for _, value in seen[2:])
 
 
 def test_a_pickled_buffer_holds_no_networks() -> None:

@@ -347,6 +347,8 @@ def test_models_without_a_buffer_and_empty_ones_are_refused(tmp_path: Path) -> N
             call(on_policy)
     with pytest.raises(ValueError, match="model: expected a replay buffer with at least one row"):
         transitions_of(offline_model(SAC))
+    with pytest.raises(ValueError, match="model: expected one with a replay buffer .* got PPO with none"):
+        fill_replay_buffer(on_policy, data())
     two_steps = data().replace(intervals=torch.full((300,), 2))
     with pytest.raises(ValueError, match="transitions: expected single steps"):
         fill_replay_buffer(offline_model(SAC), two_steps)

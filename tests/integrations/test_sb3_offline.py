@@ -108,6 +108,12 @@ def test_callbacks_schedules_and_checkpoints_go_on(tmp_path: Path) -> None:
     assert (tmp_path / "rl_model_40_steps.zip").stat().st_size < 200_000
 
 
+@pytest.mark.filterwarnings("ignore:rich is experimental")
+def test_a_progress_bar_is_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    learn_offline(offline_model(SAC), data(), 20, progress_bar=True)
+    assert "20/20" in capsys.readouterr().out
+
+
 def test_c4_trains_offline_and_may_go_on_online() -> None:
     model = model_of(SAC, replay_buffer_class=ClusteredReplayBuffer, replay_buffer_kwargs={"refresh_interval": 10})
     clusters: list[int] = []

@@ -194,7 +194,7 @@ class ACTIVE(OffPolicyAlgorithm):
         if isinstance(self.likelihood_target, str):
             check_choice("likelihood_target", self.likelihood_target, ("auto",))
         elif self.likelihood_target is not None:
-            if not math.isfinite(self.likelihood_target):
+            if isinstance(self.likelihood_target, bool) or not math.isfinite(self.likelihood_target):
                 fail("likelihood_target", "a finite number, 'auto' or None", repr(self.likelihood_target))
             self.likelihood_target = float(self.likelihood_target)
         check_number("beta_learning_rate", self.beta_learning_rate, minimum=0)
