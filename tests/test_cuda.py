@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -17,8 +18,11 @@ from c4buffer import (
     GaussianMixture,
     MixtureClusterer,
     ReducedClusterer,
+    TemperatureController,
     Transitions,
+    VEnsemble,
     decompose_cross_covariance,
+    expectile_value_loss,
     stacked_features,
     stacked_gradients,
 )
@@ -164,10 +168,54 @@ def test_buffers(storage: Any) -> None:
         assert torch.equal(found.observations.cpu(), expected.observations)
 
 
-@pytest.mark.parametrize("algorithm", ["TD3PlusBCConfig", "IQLConfig", "DQNConfig", "DiscreteSACConfig"])
+@pytest.mark.parametrize("width", [16, 256])
+def test_v_ensembles_and_temperatures(width: int) -> None:
+    torch.manual_seed(0)
+    ensemble = VEnsemble(6, n_members=4, hidden=(width, width)).double()
+    observations, q = torch.randn(50, 6, dtype=torch.float64), torch.randn(50, dtype=torch.float64)
+    found = []
+    for device in ("cpu", "cuda"):
+        ensemble = ensemble.to(device)
+        ensemble.zero_grad()
+        values = ensemble(observations.to(device))
+        expectile_value_loss(q.to(device), values, tau=0.9).backward()
+        controller = TemperatureController(-1.0, learning_rate=0.1).to(device)
+        controller.step(values[0].detach())
+        parts = [values.detach(), controller.beta.detach(), *(each.grad for each in ensemble.parameters())]
+        found.append([part.cpu() for part in parts if part is not None])
+    for expected, ours in zip(*found):
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-9)
+
+
+class _Spaces(gymnasium.Env[Any, Any]):
+    def __init__(self, observations: int, actions: int) -> None:
+        self.observation_space = gymnasium.spaces.Box(-10, 10, (observations,), dtype=np.float32)
+        self.action_space = gymnasium.spaces.Box(-1, 1, (actions,), dtype=np.float32)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        return np.zeros(self.observation_space.shape, np.float32), {}
+
+
+def test_active_of_stable_baselines3_trains_offline_on_a_gpu() -> None:
+    pytest.importorskip("stable_baselines3")
+    from c4buffer.integrations.sb3 import ACTIVE, learn_offline
+
+    data = transitions(300)
+    data = data.replace(actions=data.actions.clamp(-1, 1))
+    environment = _Spaces(6, 2)
+    model = ACTIVE("MlpPolicy", environment, device="cuda", buffer_size=300, batch_size=32, seed=0)
+    learn_offline(model, data, 20)
+    assert model.actor.spread.device.type == "cuda"
+    assert np.isfinite(model.likelihood_target)
+    assert environment.action_space.contains(model.predict(np.zeros(6, np.float32))[0])
+
+
+@pytest.mark.parametrize(
+    "algorithm", ["TD3PlusBCConfig", "IQLConfig", "ACTIVEConfig", "DQNConfig", "DiscreteSACConfig"]
+)
 def test_captured_graphs_train_as_eager_code_does(algorithm: str) -> None:
     d3rlpy = pytest.importorskip("d3rlpy")
-    from c4buffer.integrations.d3rlpy import C4Config, graphs
+    from c4buffer.integrations.d3rlpy import ACTIVEConfig, C4Config, graphs
 
     discrete = algorithm.startswith("D")
     generator = np.random.default_rng(0)
@@ -183,7 +231,9 @@ def test_captured_graphs_train_as_eager_code_does(algorithm: str) -> None:
         fields = {"batch_size": 32, "compile_graph": compiled}
         if algorithm == "TD3PlusBCConfig":
             fields["target_smoothing_sigma"] = 0.0
-        base = getattr(d3rlpy.algos, algorithm)(**fields)
+        if algorithm == "ACTIVEConfig":
+            fields |= {"q_weight": 0.0, "likelihood_target": -3.0}  # without noise
+        base = ACTIVEConfig(**fields) if algorithm == "ACTIVEConfig" else getattr(d3rlpy.algos, algorithm)(**fields)
         algo = C4Config(base=base, n_clusters=2, penalty_every=2, refresh_interval=10, seed=0).create("cuda:0")
         quiet = {"show_progress": False, "logger_adapter": d3rlpy.logging.NoopAdapterFactory()}
         results = algo.fit(dataset, n_steps=30, n_steps_per_epoch=30, **quiet)
