@@ -185,7 +185,8 @@ def main() -> None:
         ]
     baseline = BASELINE
     if len(grid.bases) > 1:
-        records, arms, baseline = of_bases(records), list(grid.bases), grid.bases[0]
+        records, baseline = of_bases(records), grid.bases[0]
+        arms = list(dict.fromkeys([*grid.bases, *(record["arm"] for record in records)]))
     wanted = len(grid.datasets) * len(grid.bases) * len(grid.arms) * len(grid.seeds)
     lines = [
         f"# Study `{arguments.grid}`: {own} of {wanted} runs",
