@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from c4buffer import ClusteredReplayBuffer, VEnsemble, VEnsembleAdvantage, expectile_value_loss, load_d4rl
+from c4buffer import ClusteredReplayBuffer, Transitions, VEnsemble, VEnsembleAdvantage, expectile_value_loss, load_d4rl
 
 sys.path.append(str(Path(__file__).parent / "study"))
 from products import use_onednn
@@ -85,19 +85,19 @@ def learn(dataset: str, members: int, seed: int, updates: int) -> dict[str, Any]
         "seed": seed,
         "updates": updates,
         "bound": float(data.rewards.max()) / (1 - GAMMA),
-        "largest_return": largest_return(data.rewards.tolist(), (data.terminals + data.timeouts).tolist()),
+        "largest_return": max(discounted_returns(data)),
         **curves,
         "seconds": time.process_time() - started,
     }
 
 
-def largest_return(rewards: list[float], ends: list[float]) -> float:
-    """The largest discounted return of any row of the data."""
-    best, value = 0.0, 0.0
-    for reward, last in zip(reversed(rewards), reversed(ends)):
+def discounted_returns(data: Transitions) -> list[float]:
+    """Of each row, to its trajectory's end."""
+    found, value = [], 0.0
+    for reward, last in zip(data.rewards.tolist()[::-1], (data.terminals + data.timeouts).tolist()[::-1]):
         value = reward + (0.0 if last else GAMMA * value)
-        best = max(best, value)
-    return best
+        found.append(value)
+    return found[::-1]
 
 
 def finished() -> list[dict[str, Any]]:
@@ -105,22 +105,25 @@ def finished() -> list[dict[str, Any]]:
 
 
 def draw(runs: list[dict[str, Any]]) -> None:
-    """Mean Q over the updates: each seed a line, each number of members a colour."""
+    """Mean and largest Q over the updates, beside the data's returns: each seed a line, each m a colour."""
     from matplotlib import pyplot, rc_context
 
     from c4buffer.plots import RUN_COLOURS, STYLE
 
+    returns = discounted_returns(load_d4rl(ROOT / "data" / f"{runs[0]['dataset']}-10k.hdf5"))
+    panels = (("mean_q", "mean", statistics.mean(returns)), ("largest_q", "largest", max(returns)))
     with rc_context(STYLE):
-        figure, axes = pyplot.subplots(figsize=(7, 4.2))
-        for members, colour in zip(sorted({run["members"] for run in runs}), RUN_COLOURS):
-            for i, run in enumerate(run for run in runs if run["members"] == members):
-                updates = [EVERY * (k + 1) for k in range(len(run["mean_q"]))]
-                label = f"{members} V-function{'s' if members > 1 else ''}" if i == 0 else None
-                axes.plot(updates, run["mean_q"], color=colour, label=label, linewidth=1.2)
-        axes.axhline(runs[0]["largest_return"], color="black", linestyle="--", linewidth=1.2)
-        axes.text(0, runs[0]["largest_return"], " largest discounted return in the data", va="bottom", fontsize=9)
-        axes.set(title=f"Mean Q with the expectile {TAU}", xlabel="updates", ylabel="mean Q on the data")
-        axes.legend()
+        figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
+        for axis, (name, which, reference) in zip(axes, panels):
+            for members, colour in zip(sorted({run["members"] for run in runs}), RUN_COLOURS):
+                for i, run in enumerate(run for run in runs if run["members"] == members):
+                    updates = [EVERY * (k + 1) for k in range(len(run[name]))]
+                    label = f"{members} V-function{'s' if members > 1 else ''}" if i == 0 else None
+                    axis.plot(updates, run[name], color=colour, label=label, linewidth=1.2)
+            axis.axhline(reference, color="black", linestyle="--", linewidth=1.2)
+            axis.text(0, reference, f" {which} discounted return", va="bottom", fontsize=9)
+            axis.set(title=f"{which.capitalize()} Q on the data", xlabel="updates")
+        axes[0].legend(loc="lower right")
         PICTURE.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(PICTURE, dpi=120)
 

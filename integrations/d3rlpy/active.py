@@ -160,6 +160,12 @@ class ACTIVE(QLearningAlgoBase["ACTIVEImpl", ACTIVEConfig]):
         """
         if self._impl is None:
             fail("algo", "a built algorithm (call build_with_dataset or fit first)", "one without networks")
+        for name in ("observation_scaler", "action_scaler", "reward_scaler"):
+            scaler = getattr(self, name)
+            if scaler is not None and not scaler.built:
+                fail(
+                    "algo", "fitted scalers (scaler.fit_with_transition_picker, or a fit before)", f"an unfitted {name}"
+                )
         shape, size = self._impl.observation_shape, self._impl.action_size
         mixed = isinstance(dataset, MixedReplayBuffer)
         parts = [dataset.primary_replay_buffer, dataset.secondary_replay_buffer] if mixed else [dataset]

@@ -481,3 +481,13 @@ def test_actions_at_the_edge_of_the_box_train() -> None:
     [(_, metrics)] = algo.fit(dataset, n_steps=20, n_steps_per_epoch=20, **QUIET)
     assert math.isfinite(algo.impl.modules.temperature.target)
     assert all(map(math.isfinite, metrics.values()))
+
+
+def test_an_estimate_before_scalers_are_fitted_says_so() -> None:
+    dataset = dataset_of(episodes())
+    algo = active(observation_scaler=StandardObservationScaler()).create()
+    with pytest.raises(ValueError, match="algo: expected a built algorithm"):
+        algo.estimate_likelihood_target(dataset)
+    algo.build_with_dataset(dataset)
+    with pytest.raises(ValueError, match="algo: expected fitted scalers .*, got an unfitted observation_scaler"):
+        algo.estimate_likelihood_target(dataset)
