@@ -136,6 +136,7 @@ def main() -> None:
         cells = []
         for dataset in DATASETS:
             runs = [run for run in finished() if (run["dataset"], run["arm"]) == (dataset, arm)]
+            runs.sort(key=lambda run: run["seed"])
             cells.append(" / ".join(f"{run['score']:.0f} ({run['mean_q']:.3g})" for run in runs) or "not run")
         table.add_row(arm, *cells)
     Console().print(table)
