@@ -78,14 +78,15 @@ def finished(arms: list[str], steps: int, threads: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", default=ARMS[:2], help=f"of {ARMS}; stock is always one")
+    parser.add_argument("--arms", nargs="+", default=ARMS[:2], help=f"of {ARMS}; ratios need stock")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--steps", type=int, default=6_000)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    arms = [arm for arm in ARMS if arm in ("stock", *arguments.arms)]
+    arms = [arm for arm in ARMS if arm in arguments.arms]
     chosen = arms, arguments.steps, arguments.threads
-    for seed in SEEDS:
+    for seed in arguments.seeds:
         if seed not in {run["seed"] for run in finished(*chosen)}:
             run = train(arms, seed, arguments.steps)
             RESULTS.parent.mkdir(exist_ok=True)
@@ -97,9 +98,11 @@ def main() -> None:
     for heading in ("arm", f"mean return of {EPISODES} episodes, by seed", "time / stock"):
         table.add_column(heading)
     for arm in arms:
-        turns = [pair for run in runs for pair in list(zip(run["seconds"][arm], run["seconds"]["stock"]))[2:]]
-        ratio = statistics.median(own / stock for own, stock in turns)
-        table.add_row(arm, " / ".join(f"{run['returns'][arm]:.0f}" for run in runs), f"{ratio:.2f}")
+        returns = " / ".join(f"{run['returns'][arm]:.0f}" for run in sorted(runs, key=lambda run: run["seed"]))
+        stock = "stock" if "stock" in arms else arm
+        turns = [pair for run in runs for pair in list(zip(run["seconds"][arm], run["seconds"][stock]))[2:]]
+        ratio = f"{statistics.median(own / other for own, other in turns):.2f}" if "stock" in arms else "not measured"
+        table.add_row(arm, returns, ratio)
     Console().print(table)
 
 
