@@ -16,17 +16,15 @@ from d3rlpy.algos.qlearning.torch.ddpg_impl import (
 from d3rlpy.constants import ActionSpace
 from d3rlpy.dataclass_utils import asdict_as_float
 from d3rlpy.dataset import MixedReplayBuffer, ReplayBuffer
-from d3rlpy.models.builders import create_continuous_q_function, create_normal_policy, create_value_function
-from d3rlpy.models.encoders import EncoderFactory
+from d3rlpy.models.builders import create_continuous_q_function, create_normal_policy
 from d3rlpy.models.q_functions import MeanQFunctionFactory
-from d3rlpy.models.torch import ActionOutput, VectorEncoder, build_gaussian_distribution
+from d3rlpy.models.torch import ActionOutput, build_gaussian_distribution
 from d3rlpy.torch_utility import TorchMiniBatch, wrap_model_by_ddp
 from torch import Tensor, nn
 
 from c4buffer import (
     TemperatureController,
     Transitions,
-    VEnsemble,
     VEnsembleAdvantage,
     cloning_policy_loss,
     estimate_log_likelihood_target,
@@ -36,8 +34,9 @@ from c4buffer import (
 from c4buffer._checks import fail
 
 from .active_config import ACTIVEConfig
+from .active_networks import PolicyDensity, new_value_functions
 from .batches import UniformBatches
-from .dataset import scaled_observations, stored_transitions_of
+from .dataset import stored_transitions_of
 
 DENSITY = {"min_logstd": -5.0, "max_logstd": 2.0, "use_std_parameter": True}  # of the policy, as IQL's in d3rlpy
 
@@ -171,7 +170,7 @@ class ACTIVE(QLearningAlgoBase["ACTIVEImpl", ACTIVEConfig]):
         parts = [dataset.primary_replay_buffer, dataset.secondary_replay_buffer] if mixed else [dataset]
         found = estimate_log_likelihood_target(
             Transitions.concatenate([stored_transitions_of(part, self) for part in parts]),
-            lambda: _Density(self._new_policy(shape, size, False), self),
+            lambda: PolicyDensity(self._new_policy(shape, size, False), self),
             **options,
         )
         if self._enable_ddp:  # ranks may have other data, and must have one H_D
@@ -317,42 +316,3 @@ class ACTIVEImpl(DDPGBaseImpl):
     def _min_target_q(self, observations: Any, actions: Tensor) -> Tensor:
         q: Tensor = self._targ_q_func_forwarder.compute_expected_q(observations, actions, "min")
         return q.squeeze(1)
-
-
-class _Density(nn.Module):
-    """A policy of d3rlpy's with the method that fits it."""
-
-    def __init__(self, policy: Any, algo: Any) -> None:
-        super().__init__()
-        self.policy = policy
-        self._algo = algo
-
-    def log_prob(self, observations: Any, actions: Tensor) -> Tensor:
-        observations = scaled_observations(observations, self._algo)
-        observations = list(observations) if isinstance(observations, tuple) else observations
-        found: Tensor = build_gaussian_distribution(self.policy(observations)).log_prob(actions).squeeze(1)
-        return found
-
-
-def new_value_functions(observation_shape: Any, encoder_factory: EncoderFactory, n_members: int) -> nn.Module:
-    """observations -> [m, B]: a VEnsemble where the factory makes perceptrons with ReLU, else m networks of its own."""
-    first = create_value_function(observation_shape, encoder_factory, "cpu:0", False)
-    if type(first._encoder) is VectorEncoder:
-        layers = list(first._encoder._layers)
-        kinds = [type(layer) for layer in layers]
-        if kinds == [nn.Linear, nn.ReLU] * (len(layers) // 2):
-            widths = [layer.out_features for layer in layers[::2]]
-            return VEnsemble(layers[0].in_features, n_members=n_members, hidden=widths)
-    others = (create_value_function(observation_shape, encoder_factory, "cpu:0", False) for _ in range(n_members - 1))
-    return _OneByOne([first, *others])
-
-
-class _OneByOne(nn.Module):
-    """V-functions of any networks, [B, ...] -> [m, B]."""
-
-    def __init__(self, members: list[Any]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(members)
-
-    def forward(self, observations: Any) -> Tensor:
-        return torch.stack([member(observations).squeeze(1) for member in self.members])
