@@ -55,12 +55,12 @@ def load_replay_buffer(model: Any, path: str | os.PathLike[str], truncate_last_t
         differing = sorted(name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name))
         wanted, found = ({name: sizes.get(name) for name in differing} for sizes in (expected, got))
         fail("path", f"the file of a replay buffer with {wanted}", f"{found}, {path}")
+    found = {name: state["arrays"][name].numpy() for name in held}  # all of it, before anything is changed
     for name, target in held.items():
-        values = state["arrays"][name].numpy()
         if _has_rows(target, buffer):
-            target[:rows], target[rows:] = values, 0
+            target[:rows], target[rows:] = found[name], 0
         else:
-            target[:] = values
+            target[:] = found[name]
     buffer.pos, buffer.full = state["pos"], state["full"]
     if isinstance(buffer, HerReplayBuffer) and truncate_last_traj:
         buffer.truncate_last_trajectory()
