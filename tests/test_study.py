@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -66,6 +67,71 @@ def test_a_grid_that_was_killed_and_resumed_leaves_the_same_file_as_one_that_ran
     assert len(records(path)) == 4
 
 
+TRAINING = """
+def train(settings):
+    if settings["seed"] == 0:
+        raise RuntimeError("no data")
+    return {**settings, "score": 1.0}
+"""
+
+
+def test_a_run_that_fails_is_told_and_the_others_are_kept(tmp_path: Path) -> None:
+    for name in ("run.py", "arms.py"):
+        shutil.copy(STUDY / name, tmp_path)
+    (tmp_path / "training.py").write_text(TRAINING)
+    command = [sys.executable, str(tmp_path / "run.py"), "toy", "--arms", "plain", "c4", "--results", str(tmp_path)]
+    for kept in ("0 of 4", "2 of 4"):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 1
+        assert done.stdout.startswith(f"{kept} runs are done")
+        assert "2 of " in done.stderr
+        assert "runs failed" in done.stderr
+    found = [json.loads(line) for line in (tmp_path / "toy.jsonl").read_text().splitlines()]
+    assert sorted((record["arm"], record["seed"]) for record in found) == [("c4", 1), ("plain", 1)]
+
+
+def test_a_critic_that_breaks_ends_its_run_as_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("d3rlpy")
+    pytest.importorskip("mujoco")
+    from c4buffer.integrations import d3rlpy as adapter
+
+    monkeypatch.syspath_prepend(str(STUDY))
+    training, run, arms = (importlib.import_module(name) for name in ("training", "run", "arms"))
+    monkeypatch.setattr(training, "use_onednn", lambda: False)
+    measure, calls = adapter.measure, []
+
+    def measure_and_break(algo: Any, transitions: Transitions) -> dict[str, float]:
+        calls.append(algo)
+        if len(calls) == 2:
+            next(iter(algo.impl.q_function.parameters())).data[0, 0] = float("nan")
+        return measure(algo, transitions)
+
+    monkeypatch.setattr(adapter, "measure", measure_and_break)
+    threads = torch.get_num_threads()
+    try:
+        record = training.train(run.settings_of(arms.GRIDS["toy"])[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert "finite" in record["broke"]
+    assert record["diverged"] is True
+    assert record["evaluated_at"] == [20, 40, 60]
+    assert record["scores"][1:] == [0.0, 0.0]
+    assert record["score"] == pytest.approx(record["scores"][0] / 3)
+    for name in training.MEASURED:
+        assert np.isfinite(record[name]).tolist() == [True, False, False]
+
+
+def test_a_run_is_another_one_when_its_arm_means_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(STUDY))
+    run, arms = importlib.import_module("run"), importlib.import_module("arms")
+    settings = run.settings_of(arms.GRIDS["toy"])[-1]
+    older = json.loads(json.dumps(settings))
+    del older["change"]["target"]  # a field that came later
+    assert run.key_of(older) == run.key_of(settings)
+    older["change"]["c4"]["n_clusters"] = 7
+    assert run.key_of(older) != run.key_of(settings)
+
+
 @pytest.fixture
 def report(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(STUDY))
@@ -91,13 +157,36 @@ def test_interquartile_mean_and_probability_of_improvement_by_hand(report: Any) 
     assert report.probability_of_improvement(runs, "c4") == pytest.approx((1 + 0.5 + 1 + 0.5) / 4)
 
 
-def test_the_interval_holds_the_true_mean_about_as_often_as_it_says(report: Any) -> None:
+@pytest.mark.parametrize(("pairs", "least", "most"), [(3, 0.70, 0.93), (15, 0.87, 1.0)])
+def test_the_interval_holds_the_true_mean_about_as_often_as_it_says(
+    report: Any, pairs: int, least: float, most: float
+) -> None:
     generator = np.random.default_rng(0)
     held = 0
-    for _ in range(40):
-        low, high = report.interval([generator.normal(3.0, 1.0, size=15), generator.normal(3.0, 1.0, size=15)])
+    for _ in range(80):
+        low, high = report.interval([generator.normal(3.0, 1.0, size=pairs) for _ in range(2)])
         held += low <= 3.0 <= high
-    assert held >= 32
+    assert least <= held / 80 <= most
+
+
+def test_no_interval_is_given_from_two_pairs(report: Any) -> None:
+    assert np.isnan(report.interval([np.arange(3.0), np.arange(2.0)])).all()
+
+
+def quantities(dataset: str, arm: str, seed: int, score: float, mean_q: list[float]) -> dict[str, Any]:
+    names = ("td_loss", "total", "within", "between", "correlation", "gradient_norm")
+    curves = {name: [0.0, 10.0 * seed + i] for i, name in enumerate(names)}
+    base = record(dataset, arm, seed, score)
+    return {**base, "mean_q": mean_q, "largest_return": 50.0, "diverged": max(mean_q) > 150, **curves}
+
+
+def test_quantities_are_medians_and_values_are_ranked_against_scores(report: Any) -> None:
+    runs = [quantities("a", "plain", seed, 10.0 * seed, [200.0 - 50 * seed, 1.0]) for seed in range(3)]
+    lines = report.table_of_quantities(runs, ("c4", "plain"))
+    assert lines[2:] == ["| a | plain | 3 | 3 | 10 | 11 | 12 | 13 | 14 | 15 |"]
+    lines = report.table_of_values_and_scores(runs)
+    assert lines[2].startswith("| a | 3 | -1.00 |")
+    assert lines[2].endswith("| 0 (1) | 15 (2) |")
 
 
 def test_the_table_names_what_was_not_run(report: Any) -> None:

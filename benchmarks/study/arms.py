@@ -98,6 +98,7 @@ class Grid:
     """Every combination of datasets, arms and seeds, for a number of updates.
 
     beside: grids whose runs are shown with this one's, such as those of the baseline.
+    baseline: the arm that the others are compared with.
     """
 
     datasets: tuple[str, ...]
@@ -108,6 +109,7 @@ class Grid:
     episodes: int = 10
     bases: tuple[str, ...] = ("td3_plus_bc",)
     beside: tuple[str, ...] = ()
+    baseline: str = "plain"
 
 
 GRIDS = {
@@ -125,6 +127,7 @@ GRIDS = {
         updates=100_000,
         evaluate_every=5_000,
         beside=("first",),
+        baseline="c4",
     ),
     "confirm": Grid(
         datasets=(

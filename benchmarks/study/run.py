@@ -4,13 +4,15 @@
     python benchmarks/study/run.py first --arms plain c4      # a part of it
     python benchmarks/study/run.py first --list               # what is done and what is not
 
-Each finished run is one JSON line appended to results/GRID.jsonl. A run that stands there is never repeated; the
-command may be killed at any time and started again.
+Each finished run is one JSON line appended to results/GRID.jsonl. A run that stands there is never repeated, unless its
+arm means something else by now; the command may be killed at any time and started again. A run whose critic breaks is a
+result like any other; one that fails by an error is told at the end, and the others go on.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import fcntl
 import itertools
 import json
@@ -18,10 +20,11 @@ import multiprocessing
 import os
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from arms import GRIDS, Grid
+from arms import ARMS, GRIDS, Arm, Grid
 from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
@@ -35,6 +38,7 @@ def settings_of(grid: Grid) -> list[dict[str, Any]]:
             "dataset": dataset,
             "base": base,
             "arm": arm,
+            "change": dataclasses.asdict(ARMS[arm]),
             "seed": seed,
             "updates": grid.updates,
             "evaluate_every": grid.evaluate_every,
@@ -45,8 +49,9 @@ def settings_of(grid: Grid) -> list[dict[str, Any]]:
 
 
 def key_of(record: dict[str, Any]) -> tuple[Any, ...]:
-    """What makes two runs the same run."""
-    return tuple(record[name] for name in KEY)
+    """What makes two runs the same: their settings, and what the arm changes (fields that came later: unchanged)."""
+    change = json.dumps(dataclasses.asdict(Arm(**record["change"])), sort_keys=True)
+    return (*(record[name] for name in KEY), change)
 
 
 def finished_runs(path: Path) -> list[dict[str, Any]]:
@@ -120,11 +125,17 @@ def main() -> None:
             mark = "done" if key_of(settings) in done else "    "
             print(mark, settings["dataset"], settings["base"], settings["arm"], settings["seed"])
         return
+    failures = 0
     context = multiprocessing.get_context("spawn")
-    with context.Pool(arguments.processes, leave_with, (os.getpid(),), maxtasksperchild=1) as pool:
-        work = ((settings, path) for settings in missing)
-        for record in tqdm(pool.imap_unordered(run_one, work), total=len(missing), unit="run"):
-            tqdm.write(f"{record['dataset']} {record['arm']} seed {record['seed']}: score {record['score']:.1f}")
+    with ProcessPoolExecutor(arguments.processes, context, leave_with, (os.getpid(),), max_tasks_per_child=1) as pool:
+        works = {pool.submit(run_one, (settings, path)): settings for settings in missing}
+        for work in tqdm(as_completed(works), total=len(works), unit="run"):
+            told = " ".join(str(works[work][name]) for name in ("dataset", "base", "arm", "seed"))
+            error = work.exception()
+            failures += error is not None
+            tqdm.write(f"{told}: score {work.result()['score']:.1f}" if error is None else f"{told}: {error!r}")
+    if failures:
+        raise SystemExit(f"{failures} of {len(missing)} runs failed")
 
 
 if __name__ == "__main__":

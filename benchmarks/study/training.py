@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import io
 import logging
@@ -27,6 +26,7 @@ RETURNS = {
     "walker2d": (1.629008, 4592.3),
     "halfcheetah": (-280.178953, 12135.0),
 }
+MEASURED = ("mean_q", "td_loss", "total", "within", "between", "correlation", "gradient_norm", "target_gradient_norm")
 DIVERGED = 3  # times the largest discounted return in the data
 
 
@@ -34,14 +34,15 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
     """Train one arm on one dataset with one seed.
 
     Args:
-        settings: dataset, base, arm, seed, updates, evaluate_every, episodes.
+        settings: dataset, base, arm, change (the arm's fields), seed, updates, evaluate_every, episodes.
 
     Returns:
-        settings; `change` (the arm's fields); versions and commit; `evaluated_at` and, for each, `scores`, what
-        `measure` gives and the buffer's `cluster_sizes` (None without clusters); `score` (the mean of the last five
-        evaluations); `largest_return` and `diverged` (mean Q above three times that, ever); `training_seconds`
-        (processor time of the training alone) and `seconds` (of everything, by the clock); `onednn` (whether it made
-        the matrix products).
+        settings; `config` (the algorithm's, as d3rlpy writes it); versions and commit; `evaluated_at` and, for each,
+        `scores`, what `measure` gives and the buffer's `cluster_sizes` (None without clusters); `score` (the mean of
+        the last five evaluations); `broke` (the error that ended the run when its critic was no longer finite, None
+        otherwise; what was to come scores 0 and measures NaN); `largest_return` (discounted, in the data) and
+        `diverged` (broke, or mean Q above three times that, ever); `training_seconds` (processor time of the training
+        alone) and `seconds` (of everything, by the clock); `onednn` (whether it made the matrix products).
     """
     torch.set_num_threads(1)
     onednn = use_onednn()
@@ -67,28 +68,36 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
     low, high = RETURNS[name]
 
     curves: dict[str, list[Any]] = {"evaluated_at": [], "scores": [], "cluster_sizes": []}
-    training_seconds, began = 0.0, time.process_time()
-    target = None
-    for epoch, metrics in algo.fitter(
-        dataset,
-        n_steps=settings["updates"],
-        n_steps_per_epoch=settings["evaluate_every"],
-        show_progress=False,
-        logger_adapter=d3rlpy.logging.NoopAdapterFactory(),
-    ):
-        training_seconds += time.process_time() - began
-        curves["evaluated_at"].append(epoch * settings["evaluate_every"])
-        curves["scores"].append(100 * (evaluate(algo, dataset) - low) / (high - low))
-        for quantity, value in measure(algo, transitions).items():
-            curves.setdefault(quantity, []).append(value)
-        buffer = getattr(algo, "c4_buffer", None)
-        report = None if buffer is None else buffer.last_report
-        curves["cluster_sizes"].append(None if report is None else report.sizes)
-        if settings["base"].startswith("active"):
-            for quantity in ("temperature", "log_likelihood"):
-                curves.setdefault(quantity, []).append(metrics[quantity])
-            target = algo.impl.modules.temperature.target
-        began = time.process_time()
+    clock = Clock()
+    broke, target = None, None
+    try:
+        for epoch, metrics in algo.fitter(
+            dataset,
+            n_steps=settings["updates"],
+            n_steps_per_epoch=settings["evaluate_every"],
+            show_progress=False,
+            logger_adapter=d3rlpy.logging.NoopAdapterFactory(),
+        ):
+            clock.stop()
+            measured = measure(algo, transitions)
+            curves["evaluated_at"].append(epoch * settings["evaluate_every"])
+            curves["scores"].append(100 * (evaluate(algo, dataset) - low) / (high - low))
+            for quantity, value in measured.items():
+                curves.setdefault(quantity, []).append(value)
+            buffer = getattr(algo, "c4_buffer", None)
+            report = None if buffer is None else buffer.last_report
+            curves["cluster_sizes"].append(None if report is None else report.sizes)
+            if settings["base"].startswith("active"):
+                for quantity in ("temperature", "log_likelihood"):
+                    curves.setdefault(quantity, []).append(metrics[quantity])
+                target = algo.impl.modules.temperature.target
+            clock.start()
+    except ValueError as error:
+        if is_finite(algo):
+            raise
+        broke = str(error)
+        clock.stop()
+        fill(curves, settings["updates"], settings["evaluate_every"])
 
     rewards = data.rewards.numpy()
     if algo.reward_scaler is not None:
@@ -96,18 +105,52 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
     largest_return = largest_discounted_return(rewards.tolist(), (data.terminals + data.timeouts).tolist())
     return {
         **settings,
-        "change": dataclasses.asdict(ARMS[settings["arm"]]),
+        "config": algo.config.serialize_to_dict(),
         **curves,
         "score": sum(curves["scores"][-5:]) / len(curves["scores"][-5:]),
         "largest_return": largest_return,
         **({} if target is None else {"likelihood_target": target}),
-        "diverged": max(curves["mean_q"]) > DIVERGED * largest_return,
-        "training_seconds": training_seconds,
+        "broke": broke,
+        "diverged": not all(value <= DIVERGED * largest_return for value in curves["mean_q"]),
+        "training_seconds": clock.seconds,
         "onednn": onednn,
         "seconds": time.perf_counter() - started,
         "versions": {package: version(package) for package in ("c4buffer", "d3rlpy", "torch", "gymnasium", "mujoco")},
         "commit": commit(),
     }
+
+
+class Clock:
+    """Processor time between start and stop, summed; it starts when made."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.start()
+
+    def start(self) -> None:
+        self._began: float | None = time.process_time()
+
+    def stop(self) -> None:
+        if self._began is not None:
+            self.seconds += time.process_time() - self._began
+        self._began = None
+
+
+def is_finite(algo: Any) -> bool:
+    """Whether every parameter of the algorithm's Q-functions is."""
+    return all(bool(values.isfinite().all()) for values in algo.impl.q_function.parameters())
+
+
+def fill(curves: dict[str, list[Any]], updates: int, evaluate_every: int) -> None:
+    """Make curves that ended early as long as the others: scores of 0, NaN for all that was to be measured."""
+    moments = range(evaluate_every, updates + 1, evaluate_every)
+    left = len(moments) - len(curves["evaluated_at"])
+    curves["evaluated_at"] = list(moments)
+    curves["scores"] += [0.0] * left
+    curves["cluster_sizes"] += [None] * left
+    for quantity in (*MEASURED, *curves):
+        curve = curves.setdefault(quantity, [])
+        curve += [float("nan")] * (len(moments) - len(curve))
 
 
 def commit() -> str | None:
