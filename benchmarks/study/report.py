@@ -262,8 +262,8 @@ def main() -> None:
         "",
         "## Does a Q that stays low go with a better score?",
         "",
-        "Spearman's rank correlation over all runs of a dataset, whatever the arm, with its p value. A run has diverged "
-        "if its mean Q was ever above three times the largest discounted return in the data; runs in brackets.",
+        "Spearman's rank correlation over all runs of a dataset, whatever the arm, with its p value. A run has "
+        "diverged if its mean Q was ever above three times the data's largest discounted return (runs in brackets).",
         "",
         *table_of_values_and_scores(records),
     ]

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -140,6 +141,7 @@ class C4Algorithm(QLearningAlgoBase):
 
     @property
     def config(self) -> Any:
+        self._c4_config.take_base()  # which may have been changed since
         return self._c4_config
 
     @property
@@ -163,8 +165,11 @@ class C4Algorithm(QLearningAlgoBase):
             self._c4_batches = MixedBatches(dataset, self)
         else:
             self._c4_batches = Batches(dataset, self, saved=self._c4_saved)
-        self._c4_saved = None
-        yield from super().fitter(self._c4_view(dataset), *arguments, **options)
+        call = inspect.signature(super().fitter).bind(self._c4_view(dataset), *arguments, **options)
+        evaluators = call.arguments.get("evaluators")
+        if evaluators:
+            call.arguments["evaluators"] = {name: _of(dataset, evaluator) for name, evaluator in evaluators.items()}
+        yield from super().fitter(*call.args, **call.kwargs)
 
     def fit_online(self, env: Any, buffer: Any = None, *arguments: Any, **options: Any) -> None:
         """d3rlpy's `fit_online`, drawing its batches from a ClusteredReplayBuffer that takes what `buffer` takes.
@@ -244,8 +249,8 @@ class C4Impl(QLearningAlgoImplBase):
 
     Attributes:
         c4_critics: the networks as Critics.
-        c4_penalty: `(critics, batch) -> scalar` with a `weight`; may be replaced after the networks are built. A
-            CovariancePenalty of gradients also gets the TD loss's values, where the networks allow it.
+        c4_penalty: `(critics, batch) -> scalar`; may be replaced after the networks are built. With a `weight` of 0 it
+            is not called. A CovariancePenalty of gradients also gets the TD loss's values, where the networks allow it.
     """
 
     c4_critics: Critics
@@ -257,7 +262,7 @@ class C4Impl(QLearningAlgoImplBase):
     _c4_penalties: list[torch.Tensor]  # of the running update, where no loss record takes them
 
     def inner_update(self, batch: TorchMiniBatch, grad_step: int) -> dict[str, float]:
-        self._c4_due = self.c4_penalty.weight > 0 and grad_step % self._c4_every == 0
+        self._c4_due = getattr(self.c4_penalty, "weight", 1.0) > 0 and grad_step % self._c4_every == 0
         self._c4_penalties.clear()
         metrics: dict[str, float] = super().inner_update(batch, grad_step)
         for penalty in self._c4_penalties:
@@ -305,6 +310,11 @@ def _arm_impl(impl: Any, config: C4Config) -> None:
     impl._c4_discrete = is_discrete(impl)
     impl._c4_shares = can_be_shared(impl.modules.q_funcs)
     capture_twice(impl)
+
+
+def _of(dataset: Any, evaluator: Callable[[Any, Any], float]) -> Callable[[Any, Any], float]:
+    """The evaluator, given the dataset itself: what it draws is no batch of the training's."""
+    return lambda algo, view: evaluator(algo, dataset)
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import os
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +27,9 @@ from .dataset import (
 )
 
 LOOKING_BACK = (BasicTransitionPicker, FrameStackTransitionPicker)
-WARM_UPS = ("warmup_steps", "rl_start_step")  # of BEAR and PLAS, and of BCQ: updates before the critics learn
+# updates before the critics learn, of the algorithms that hold them back (BEAR warms up its actor alone)
+WARM_UPS = {"bcq": "rl_start_step", "plas": "warmup_steps", "plas_with_perturbation": "warmup_steps"}
+OWN_OPTIONS = ("capacity", "n_clusters", "seed")  # of the buffer, which the adapter gives
 SECOND = 0x7F4A7C15  # between the seeds of a mixed dataset's two buffers
 RANK = 0x9E3779B9  # and between those of one training's processes; of a seed, a CPU generator takes the lower 32 bits
 
@@ -109,6 +112,7 @@ class Batches:
         self._images = has_images(transitions.observations)
         if self._saved is not None:
             self._go_on(buffer, self._saved)
+            self._algo._c4_saved = None
         return buffer
 
     def _empty(self) -> ClusteredReplayBuffer:
@@ -144,14 +148,17 @@ class Batches:
         )
 
     def _options(self) -> dict[str, Any]:
-        config = self._algo.config
+        config, given = self._algo.config, self._algo.c4_buffer_options
+        known = [name for name in inspect.signature(ClusteredReplayBuffer).parameters if name not in OWN_OPTIONS]
+        if not set(given) <= set(known):
+            fail("c4_buffer_options", f"options among {', '.join(known)} (others are C4Config's)", ", ".join(given))
         return {
             "embedding": config.embedding,
             "refresh": None if config.refresh_interval is None else Every(config.refresh_interval),
             "clusterer": self._algo.c4_clusterer,
             "device": self._algo._device,
             "storage": "device",
-            **self._algo.c4_buffer_options,
+            **given,
         }
 
     def _critics(self) -> Critics:
@@ -164,14 +171,17 @@ class Batches:
         return Critics(critics.critic, critics.target, policy=policy, features=critics.features, encode=scale)
 
     def _can_cluster(self, batch_size: int) -> bool:
-        if self._capacity is not None and len(self.buffer or ()) < max(batch_size, self._algo.config.n_clusters):
+        clusters = self._algo.config.n_clusters
+        fewest = max(batch_size, 1 if clusters == "auto" else clusters)
+        if self._capacity is not None and len(self.buffer or ()) < fewest:
             return False
         return bool(self._algo.grad_step >= self._warm_up)
 
     @property
     def _warm_up(self) -> int:
         """Updates before the critics learn, and have gradients worth clustering."""
-        return max(getattr(self._algo.config.base, name, 0) for name in WARM_UPS)
+        base = self._algo.config.base
+        return int(getattr(base, WARM_UPS[base.get_type()])) if base.get_type() in WARM_UPS else 0
 
 
 class MixedBatches:
@@ -194,13 +204,14 @@ class MixedBatches:
         return _joined([batches.sample(rows) for batches, rows in shares if rows > 0])
 
 
-class _Scaled:
+class _Scaled(torch.nn.Module):
     """A policy of what the networks see as one of what is stored."""
 
     def __init__(self, policy: Callable[[Any], torch.Tensor], scale: Callable[[Any], Any]) -> None:
+        super().__init__()
         self.policy, self.scale = policy, scale
 
-    def __call__(self, observations: Any) -> torch.Tensor:
+    def forward(self, observations: Any) -> torch.Tensor:
         return self.policy(self.scale(observations))
 
 

@@ -1,7 +1,7 @@
 """C4Config: any supported d3rlpy config with C4 around it, as one of d3rlpy's own configs."""
 
 import dataclasses
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 from d3rlpy.base import DeviceArg, LearnableConfig, register_learnable
 from d3rlpy.serializable_config import CONFIG_STORAGE
@@ -26,7 +26,7 @@ class C4Config(LearnableConfig):
 
     Args:
         base: config of the algorithm: any of d3rlpy's that learns a Q-function, with continuous or discrete actions.
-        n_clusters: K.
+        n_clusters: K. "auto": at each clustering the K of the lowest BIC.
         embedding: what is clustered, "gradients" or "features".
         refresh_interval: updates between clusterings. None: max(1000, N // 10).
         penalty_weight: lambda. 0 turns the penalty off.
@@ -41,7 +41,7 @@ class C4Config(LearnableConfig):
     base: Optional[LearnableConfig] = dataclasses.field(
         default=None, metadata=json_config(encoder=STORAGE.encoder, decoder=STORAGE.decoder)
     )
-    n_clusters: int = 3
+    n_clusters: Union[int, str] = 3
     embedding: str = "gradients"
     refresh_interval: Optional[int] = None
     penalty_weight: float = 0.1
@@ -57,7 +57,8 @@ class C4Config(LearnableConfig):
             fail("base", "a d3rlpy config, as TD3PlusBCConfig()", repr(self.base))
         if isinstance(self.base, C4Config):
             fail("base", "a config without C4", "a C4Config")
-        check_integer("n_clusters", self.n_clusters, minimum=1)
+        if self.n_clusters != "auto":
+            check_integer("n_clusters", self.n_clusters, minimum=1)
         check_choice("embedding", self.embedding, ("gradients", "features"))
         if self.refresh_interval is not None:
             check_integer("refresh_interval", self.refresh_interval, minimum=1)
@@ -72,21 +73,30 @@ class C4Config(LearnableConfig):
         self._mirror_base()
 
     def _mirror_base(self) -> None:
-        """The fields that every d3rlpy config has are the base's."""
+        """The fields that every d3rlpy config has are the base's; another value for one of them is refused."""
         defaults = {field.name: field.default for field in dataclasses.fields(LearnableConfig)}
         for name in MIRRORED:
             given, wanted = getattr(self, name), getattr(self.base, name)
             same = type(given) is type(wanted) if name.endswith("scaler") else given == wanted
             if given is not None and given != defaults[name] and not same:
                 fail(name, "to be set on base", repr(given))
-            setattr(self, name, wanted)
+        self.take_base()
+
+    def take_base(self) -> None:
+        """Take over the fields that every d3rlpy config has, as they stand in the base."""
+        for name in MIRRORED:
+            setattr(self, name, getattr(self.base, name))
 
     def create(self, device: DeviceArg = False, enable_ddp: bool = False) -> Any:
         """The algorithm of `base` with C4 in it, on `device`."""
         from .algorithm import armed
 
         assert self.base is not None
-        return armed(self.base.create(device, enable_ddp), self)
+        try:
+            algo = self.base.create(device, enable_ddp)
+        except NotImplementedError:  # of fitted Q evaluation, which is made around an algorithm
+            fail("base", "the config of an algorithm", type(self.base).__name__)
+        return armed(algo, self)
 
     @staticmethod
     def get_type() -> str:

@@ -169,6 +169,8 @@ def _scaled(columns: dict[str, Any], algo: Any) -> dict[str, Any]:
 
 def _transformed(scaler: Any, value: Any) -> Any:
     """By one of d3rlpy's scalers, which takes several parts as a list."""
+    if not scaler.built:
+        fail("algo", "one whose scalers have been fitted, as by a fit", f"a {type(scaler).__name__} that has not")
     found = scaler.transform(list(value) if isinstance(value, tuple) else value)
     return tuple(found) if isinstance(found, list) else found
 

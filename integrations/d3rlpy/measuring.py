@@ -1,13 +1,18 @@
 """What a d3rlpy algorithm's critics make of the data: for comparing runs with and without C4 by the same yardstick."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from d3rlpy.models.torch.q_functions.iqn_q_function import ContinuousIQNQFunction, DiscreteIQNQFunction
 
 from c4buffer import MixtureClusterer, Transitions, decompose_cross_covariance, stacked_gradients
 
 from .dataset import to_mini_batch
 from .reading import critics_of, is_discrete
+
+CHUNK_ROWS = 4096  # of data at once; algorithms sample many actions of each row
 
 
 def measure(algo: Any, transitions: Transitions, *, n_clusters: int = 3) -> dict[str, float]:
@@ -47,24 +52,47 @@ def measure(algo: Any, transitions: Transitions, *, n_clusters: int = 3) -> dict
 
 
 def _value_and_loss(algo: Any, transitions: Transitions) -> tuple[float, float]:
-    impl, batch = algo.impl, to_mini_batch(transitions, algo)
+    impl = algo.impl
     devices = [torch.device(algo._device)] if "cuda" in algo._device else []
+    q_sum, loss_sum = 0.0, 0.0
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(0)
         for device in devices:
             torch.cuda.default_generators[device.index or 0].manual_seed(0)
-        actions = batch.actions
-        if is_discrete(impl):
-            actions = actions.long()
-            q = impl._q_func_forwarder.compute_expected_q(batch.observations, "mean").gather(1, actions)
-        else:
-            q = impl._q_func_forwarder.compute_expected_q(batch.observations, actions, "mean")
-        loss = impl._q_func_forwarder.compute_error(
-            observations=batch.observations,
-            actions=actions,
-            rewards=batch.rewards,
-            target=impl.compute_target(batch),
-            terminals=batch.terminals,
-            gamma=impl._gamma**batch.intervals,
-        )
-    return float(q.mean()), float(loss) / len(impl._q_func_forwarder.forwarders)
+        for start in range(0, len(transitions), CHUNK_ROWS):
+            part = transitions[start : start + CHUNK_ROWS]
+            batch = to_mini_batch(part, algo)
+            actions = batch.actions
+            if is_discrete(impl):
+                actions = actions.long()
+                q = impl._q_func_forwarder.compute_expected_q(batch.observations, "mean").gather(1, actions)
+            else:
+                q = impl._q_func_forwarder.compute_expected_q(batch.observations, actions, "mean")
+            with _as_many_quantiles_as_in_training(impl):
+                loss = impl._q_func_forwarder.compute_error(
+                    observations=batch.observations,
+                    actions=actions,
+                    rewards=batch.rewards,
+                    target=impl.compute_target(batch),
+                    terminals=batch.terminals,
+                    gamma=impl._gamma**batch.intervals,
+                )
+            q_sum += float(q.sum())
+            loss_sum += float(loss) * len(part)
+    members = len(impl._q_func_forwarder.forwarders)
+    return q_sum / len(transitions), loss_sum / len(transitions) / members
+
+
+@contextlib.contextmanager
+def _as_many_quantiles_as_in_training(impl: Any) -> Iterator[None]:
+    """An implicit quantile network has fewer when it evaluates, and its loss wants those of training."""
+    implicit = (ContinuousIQNQFunction, DiscreteIQNQFunction)
+    networks = [*impl.modules.q_funcs.modules(), *impl.modules.targ_q_funcs.modules()]
+    changed = [network for network in networks if isinstance(network, implicit) and not network.training]
+    for network in changed:
+        network.training = True  # its own flag: dropout below it stays off
+    try:
+        yield
+    finally:
+        for network in changed:
+            network.training = False

@@ -1,5 +1,7 @@
 """d3rlpy's networks as Critics."""
 
+import contextlib
+import dataclasses
 from typing import Any
 
 import torch
@@ -48,17 +50,27 @@ class _DiscreteMember(nn.Module):
 
 
 class _Greedy(nn.Module):
-    """The policy's best action."""
+    """The policy's best action. What it draws (BCQ, BEAR and CRR do) leaves torch's generators as they were."""
 
     def __init__(self, impl: Any) -> None:
         super().__init__()
-        self.policy = getattr(impl.modules, "policy", impl.q_function)  # without one, the Q-functions are the policy
+        networks = (getattr(impl.modules, field.name) for field in dataclasses.fields(impl.modules))
+        self.networks = nn.ModuleList([network for network in networks if isinstance(network, nn.Module)])
         self._impl = impl
 
     def forward(self, observations: Any) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), _generators_kept(self._impl.device):
             action: Tensor = self._impl.inner_predict_best_action(_as_d3rlpy(observations))
         return action
+
+
+def _generators_kept(device: str) -> Any:
+    """A context after which torch's generators stand as before it; in a captured CUDA graph they move all the same."""
+    if "cuda" not in device:
+        return torch.random.fork_rng(devices=[])
+    if torch.cuda.is_current_stream_capturing():
+        return contextlib.nullcontext()
+    return torch.random.fork_rng(devices=[torch.device(device)])
 
 
 def critics_of(algo: Any, *, next_action: str = "dataset") -> Critics:

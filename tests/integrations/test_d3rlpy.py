@@ -82,8 +82,7 @@ CONTINUOUS = [
 ]
 DISCRETE = [DQNConfig, DoubleDQNConfig, NFQConfig, DiscreteCQLConfig, DiscreteBCQConfig, DiscreteSACConfig]
 ALL = [*CONTINUOUS, *DISCRETE]
-WARM_UPS = {BEARConfig: "warmup_steps", PLASConfig: "warmup_steps", PLASWithPerturbationConfig: "warmup_steps"}
-WARM_UPS[BCQConfig] = "rl_start_step"
+WARM_UPS = {BCQConfig: "rl_start_step", PLASConfig: "warmup_steps", PLASWithPerturbationConfig: "warmup_steps"}
 
 
 def episodes(count: int = 6, seed: int = 0, steps: int = 20, *, discrete: bool = False) -> list[Episode]:
@@ -373,12 +372,25 @@ def test_what_is_saved_comes_back_with_the_same_predictions(config: type, tmp_pa
 
 @pytest.mark.parametrize("config", sorted(WARM_UPS, key=lambda cls: cls.__name__))
 def test_clusters_wait_until_the_critics_learn(config: type, drawn: list[Transitions]) -> None:
-    algo = C4Config(base=small(config, **{WARM_UPS[config]: 7}), n_clusters=2, penalty_every=1, seed=0).create()
+    dataset = data_for(config)
+    base = small(config, **{WARM_UPS[config]: 7})
+    algo = built(C4Config(base=base, n_clusters=2, penalty_every=1, seed=0), dataset)
+    before = next(algo.impl.q_function.parameters()).detach().clone()
+    moved = []
+    for _ in algo.fitter(
+        dataset, n_steps=12, n_steps_per_epoch=1, show_progress=False, logger_adapter=NoopAdapterFactory()
+    ):
+        moved.append(not torch.equal(before, next(algo.impl.q_function.parameters())))
+    assert moved == [False] * 7 + [True] * 5
+    assert [batch.cluster >= 0 for batch in drawn] == moved
+
+
+def test_bear_whose_actor_alone_warms_up_has_clusters_from_the_start(drawn: list[Transitions]) -> None:
+    algo = C4Config(base=small(BEARConfig, warmup_steps=7), n_clusters=2, penalty_every=1, seed=0).create()
     algo.fit(
-        data_for(config), n_steps=12, n_steps_per_epoch=12, show_progress=False, logger_adapter=NoopAdapterFactory()
+        data_for(BEARConfig), n_steps=9, n_steps_per_epoch=9, show_progress=False, logger_adapter=NoopAdapterFactory()
     )
-    assert [batch.cluster for batch in drawn[:7]] == [-1] * 7
-    assert all(batch.cluster >= 0 for batch in drawn[7:])
+    assert all(batch.cluster >= 0 for batch in drawn)
 
 
 @pytest.mark.parametrize(
