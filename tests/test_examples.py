@@ -73,6 +73,27 @@ def test_what_is_printed_of_stable_baselines3_runs_but_for_its_length(page: str,
     run("program.py", cwd=tmp_path)
 
 
+D3RLPY_PREAMBLE = """
+import d3rlpy
+import torch
+from c4buffer import load_d4rl
+from c4buffer.integrations.d3rlpy import C4Config, dataset_of
+
+dataset = dataset_of(load_d4rl("data/hopper-medium-expert-10k.hdf5")[:300])
+"""
+
+
+def test_the_page_on_d3rlpy_runs_as_printed_but_for_its_length_and_its_gpu(tmp_path: Path) -> None:
+    first, resumption = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "d3rlpy.md").read_text(), flags=re.DOTALL)
+    elsewhere, made = "algo.build_with_dataset(dataset)", first.splitlines()[1]
+    assert made.startswith("algo = C4Config")
+    program = D3RLPY_PREAMBLE + first + resumption.replace(elsewhere, f"{made}\n{elsewhere}")
+    program = re.sub(r"n_steps=\d+_000", "n_steps=6, n_steps_per_epoch=3", program).replace("cuda:0", "cpu")
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    (tmp_path / "program.py").write_text(program)
+    run("program.py", cwd=tmp_path)
+
+
 def test_the_quickstart_prints_its_table_and_writes_its_pictures(tmp_path: Path) -> None:
     printed = run("examples/quickstart.py", "--updates", "47", "--out", str(tmp_path))
     for words in ("mean Q", "TD loss", "within clusters", "between clusters", "updates per second", "normalised score"):

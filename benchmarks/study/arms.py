@@ -62,6 +62,7 @@ ARMS.update(
         "raw": Arm(c4={**BEST, "penalty_scale": "raw"}),
         "raw-capped": Arm(c4={**BEST, "penalty_scale": "raw"}, cap=10.0),
         "correlation": Arm(c4={**BEST, "penalty_scale": "correlation"}),
+        "correlation-1": Arm(c4={**BEST, "penalty_scale": "correlation", "penalty_weight": 1.0}),
         "feature": Arm(c4={**BEST, "penalty_kind": "feature", "penalty_weight": 0.3}),
         "gradient-variance": Arm(c4={**UNIFORM, **PENALTY}, gradient_variance=True),
         "weight-0.001": Arm(c4={**BEST, "penalty_weight": 0.001}),

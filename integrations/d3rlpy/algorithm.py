@@ -206,9 +206,9 @@ class C4Algorithm(QLearningAlgoBase):
             ...
             algo.build_with_dataset(dataset)
             algo.load_model("model.pt")
-            algo.set_grad_step(5000)
+            algo.set_grad_step(50_000)
             algo.c4_resume("buffer.safetensors")
-            algo.fit(dataset, n_steps=5000)
+            algo.fit(dataset, n_steps=50_000)
         """
         self._c4_saved = path
 

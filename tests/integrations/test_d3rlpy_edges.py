@@ -145,9 +145,7 @@ def test_a_plain_function_can_be_the_penalty() -> None:
 
 def test_scalers_that_are_not_fitted_are_named() -> None:
     algo = TD3PlusBCConfig(observation_scaler=StandardObservationScaler()).create()
-    with pytest.raises(
-        ValueError, match="algo: expected one whose scalers have been fitted.*got a Standard"
-    ):
+    with pytest.raises(ValueError, match="algo: expected one whose scalers have been fitted.*got a Standard"):
         transitions_of(dataset_of(episodes()), algo)
 
 

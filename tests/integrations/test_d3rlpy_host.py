@@ -340,6 +340,12 @@ def test_networks_and_optimizers_are_copied_from_plain_to_wrapped_and_back() -> 
     target = built(small(TD3PlusBCConfig), dataset, seed=5)
     target.copy_policy_optim_from(source)
     target.copy_q_function_optim_from(source)
+    for part in ("policy_optim", "q_function_optim"):
+        states = [getattr(algo.impl, part).state_dict()["state"] for algo in (source, target)]
+        assert states[0].keys() == states[1].keys()
+        assert states[0]
+        for key, state in states[0].items():
+            assert torch.equal(state["exp_avg"], states[1][key]["exp_avg"])
 
 
 @pytest.mark.parametrize("config", [TD3PlusBCConfig, DQNConfig])
