@@ -13,13 +13,16 @@ from torch import Tensor
 from c4buffer import Transitions
 from c4buffer._checks import fail
 
+from .rows import Run, columns_of, ends_of_runs, rows_of, runs_of
+
 
 def transitions_of(dataset: ReplayBufferBase, algo: Any = None) -> Transitions:
     """All transitions of a dataset in the order of its buffer: what its transition picker gives, stacked.
 
     As d3rlpy has it: an episode that was not terminated loses its last step; a terminal has zeros as next observation
-    and next action. With `algo`, its observation, action and reward scalers are applied (they must have been fitted),
-    and the tensors are on its device: what the algorithm's networks see.
+    and next action; a row that is not followed by its episode's next step, as an episode may be there twice, has a
+    timeout. With `algo`, its observation, action and reward scalers are applied (they must have been fitted), and the
+    tensors are on its device: what the algorithm's networks see.
     """
     columns = _columns_of(dataset)
     for name in ("observations", "next_observations"):
@@ -66,48 +69,24 @@ def _columns_of(dataset: ReplayBufferBase) -> dict[str, Any]:
     if dataset.transition_count == 0:
         fail("dataset", "at least one transition", "an empty dataset")
     if type(dataset.transition_picker) is BasicTransitionPicker:
-        return _from_episodes(dataset.episodes, dataset.transition_count)
+        return _from_runs(runs_of(rows_of(dataset)))
     return _from_picker(dataset)
 
 
-def _from_episodes(episodes: Sequence[Any], count: int) -> dict[str, Any]:
-    """The columns of whole episodes; of a first-in-first-out buffer, the last `count` rows."""
-    pieces: dict[str, list[Any]] = {"observations": [], "next_observations": [], "actions": [], "next_actions": []}
-    for episode in episodes:
-        stop = episode.transition_count
-        parts = episode.observations if isinstance(episode.observations, (list, tuple)) else [episode.observations]
-        pieces["observations"].append([part[:stop] for part in parts])
-        pieces["next_observations"].append([_shifted(part, stop) for part in parts])
-        pieces["actions"].append(episode.actions[:stop])
-        pieces["next_actions"].append(_shifted(episode.actions, stop))
-    last = [np.arange(1, episode.transition_count + 1) == episode.transition_count for episode in episodes]
-    terminals = [flags * float(episode.terminated) for flags, episode in zip(last, episodes)]
-    timeouts = [flags * float(not episode.terminated) for flags, episode in zip(last, episodes)]
-    rewards = [episode.rewards[: episode.transition_count] for episode in episodes]
+def _from_runs(runs: Sequence[Run]) -> dict[str, Any]:
+    columns = columns_of(runs)
     return {
-        **{
-            name: _observations([np.concatenate(part)[-count:] for part in zip(*pieces[name])])
-            for name in ("observations", "next_observations")
-        },
-        **{name: _floats(np.concatenate(pieces[name])[-count:]) for name in ("actions", "next_actions")},
-        "rewards": _floats(np.concatenate(rewards)[-count:]),
-        "terminals": _floats(np.concatenate(terminals)[-count:]),
-        "timeouts": _floats(np.concatenate(timeouts)[-count:]),
+        name: _observations(value) if name.endswith("observations") else _floats(value)
+        for name, value in columns.items()
     }
-
-
-def _shifted(steps: np.ndarray, stop: int) -> np.ndarray:
-    """Rows 1 to stop of an episode; zeros behind its end."""
-    if stop < len(steps):
-        return steps[1 : stop + 1]
-    return np.concatenate([steps[1:], np.zeros_like(steps[:1])])
 
 
 def _from_picker(dataset: ReplayBufferBase, start: int = 0) -> dict[str, Any]:
     """The columns that any other picker gives from row `start` on, one transition at a time, once."""
-    rows = [dataset.buffer[i] for i in range(start, dataset.transition_count)]
+    rows = [dataset.buffer[i] for i in range(start, dataset.transition_count)] if start else rows_of(dataset)
     picked = [dataset.transition_picker(episode, index) for episode, index in rows]
-    last = np.array([index == episode.transition_count - 1 for episode, index in rows])
+    last = np.zeros(len(rows), dtype=bool)
+    last[ends_of_runs(runs_of(rows))] = True
 
     def stack(name: str) -> list[np.ndarray]:
         values = [getattr(transition, name) for transition in picked]
@@ -181,8 +160,8 @@ def returns_to_go_of(dataset: ReplayBufferBase, algo: Any) -> Tensor:
     In the rows' order, and in d3rlpy's own arithmetic.
     """
     found = []
-    for index in range(dataset.transition_count):
-        rewards = dataset.transition_picker(*dataset.buffer[index]).rewards_to_go
+    for episode, index in rows_of(dataset):
+        rewards = dataset.transition_picker(episode, index).rewards_to_go
         if algo.reward_scaler is not None:
             rewards = algo.reward_scaler.transform_numpy(rewards)
         powers = (algo.gamma ** np.arange(len(rewards))).astype(np.float32).reshape(-1, 1)
