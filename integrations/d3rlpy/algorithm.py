@@ -175,16 +175,15 @@ class C4Algorithm(QLearningAlgoBase):
         """d3rlpy's `fit_online`, drawing its batches from a ClusteredReplayBuffer that takes what `buffer` takes.
 
         Raises:
-            ValueError: for a buffer with another picker than the basic and the frame-stack one: it may look ahead of
-                the newest step, as the multi-step one does.
+            ValueError: before the environment is stepped, for a buffer whose rows may still change after they have
+                appeared: with a picker that looks ahead of the newest step, as the multi-step one does, unless it
+                writes at termination.
         """
         buffer = create_fifo_replay_buffer(ONLINE_CAPACITY, env=env) if buffer is None else buffer
         n_steps = options.get("n_steps", arguments[1] if len(arguments) > 1 else ONLINE_CAPACITY)
         self._c4_check_fresh("fit_online")
-        mixed = isinstance(buffer, MixedReplayBuffer)
-        growing = buffer.primary_replay_buffer if mixed else buffer
-        capacity = growing.transition_count + n_steps
-        self._c4_batches = (MixedBatches if mixed else Batches)(buffer, self, capacity=capacity)
+        kind = MixedBatches if isinstance(buffer, MixedReplayBuffer) else Batches
+        self._c4_batches = kind(buffer, self, n_steps=n_steps)
         super().fit_online(env, self._c4_view(buffer), *arguments, **options)
 
     def c4_resume(self, path: str | os.PathLike[str]) -> None:

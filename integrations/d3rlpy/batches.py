@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from d3rlpy.dataset import BasicTransitionPicker, FrameStackTransitionPicker, MixedReplayBuffer, ReplayBufferBase
+from d3rlpy.dataset import MixedReplayBuffer, ReplayBufferBase
 from d3rlpy.torch_utility import TorchMiniBatch
 
 from c4buffer import ClusteredReplayBuffer, Critics, Every
@@ -25,8 +25,8 @@ from .dataset import (
     stored_transitions_of,
     to_mini_batch,
 )
+from .online import ReturnsToGo, check_growing, check_secondary, rows_at_most
 
-LOOKING_BACK = (BasicTransitionPicker, FrameStackTransitionPicker)
 # updates before the critics learn, of the algorithms that hold them back (BEAR warms up its actor alone)
 WARM_UPS = {"bcq": "rl_start_step", "plas": "warmup_steps", "plas_with_perturbation": "warmup_steps"}
 OWN_OPTIONS = ("capacity", "n_clusters", "seed")  # of the buffer, which the adapter gives
@@ -60,7 +60,7 @@ class Batches:
     Args:
         dataset: d3rlpy's buffer.
         algo: the wrapped algorithm that trains; by its first batch it is built and its scalers are fitted.
-        capacity: None for a dataset that stays as it is; else of one that an environment fills, and that is followed.
+        n_steps: None for a dataset that stays as it is; else of the environment that fills it, while it is followed.
         saved: file of a buffer to go on from.
         seed_offset: to tell this buffer's random numbers from another's.
     """
@@ -70,23 +70,24 @@ class Batches:
         dataset: ReplayBufferBase,
         algo: Any,
         *,
-        capacity: int | None = None,
+        n_steps: int | None = None,
         saved: str | os.PathLike[str] | None = None,
         seed_offset: int = 0,
     ) -> None:
-        if capacity is not None and type(dataset.transition_picker) not in LOOKING_BACK:
-            pickers = " or ".join(picker.__name__ for picker in LOOKING_BACK)
-            fail("buffer", f"one with a {pickers}", type(dataset.transition_picker).__name__)
         self.buffer: ClusteredReplayBuffer | None = None
         self._dataset = dataset
         self._algo = algo
-        self._capacity = capacity
+        self._capacity: int | None = None  # of a buffer that grows
         self._saved = saved
         self._seed_offset = seed_offset
         self._seen: tuple[Any, int] | None = None
-        self._returns_to_go: torch.Tensor | None = None
+        self._returns_to_go: torch.Tensor | ReturnsToGo | None = None
         self._attached = False
         self._images = False
+        if n_steps is not None:
+            check_growing(dataset)
+            self._capacity = rows_at_most(dataset, n_steps)
+            self._empty()  # so that what the buffer's options refuse is refused before the environment is stepped
 
     def sample(self, batch_size: int) -> TorchMiniBatch:
         """So many rows, from one cluster once there are clusters."""
@@ -100,6 +101,7 @@ class Batches:
                 self.buffer.refresh()
             self._attached = True
         batch = self.buffer.sample(batch_size)
+        assert batch.indices is not None
         returns_to_go = None if self._returns_to_go is None else self._returns_to_go[batch.indices]
         return to_mini_batch(batch, self._algo, returns_to_go)
 
@@ -118,8 +120,8 @@ class Batches:
     def _empty(self) -> ClusteredReplayBuffer:
         assert self._capacity is not None
         if self._algo.need_returns_to_go:
-            fail("fit_online", "an algorithm that needs no returns of whole episodes", type(self._algo).__name__)
-        return self._new_buffer(min(getattr(self._dataset.buffer, "_limit", self._capacity), self._capacity))
+            self._returns_to_go = ReturnsToGo(self._dataset, self._algo, self._capacity)
+        return self._new_buffer(self._capacity)
 
     def _follow(self, buffer: ClusteredReplayBuffer) -> None:
         """Take over what has been appended since the last batch."""
@@ -127,6 +129,8 @@ class Batches:
         if start < stop:
             transitions = stored_transitions_from(self._dataset, start, self._algo)
             buffer.extend(transitions)
+            if isinstance(self._returns_to_go, ReturnsToGo):
+                self._returns_to_go.extend(start)
             self._images = has_images(transitions.observations)
             self._seen = self._dataset.buffer[stop - 1]
 
@@ -187,10 +191,12 @@ class Batches:
 class MixedBatches:
     """Batches of a MixedReplayBuffer: its two shares, each from one cluster of its own buffer's transitions."""
 
-    def __init__(self, dataset: MixedReplayBuffer, algo: Any, *, capacity: int | None = None) -> None:
-        self.primary = Batches(dataset.primary_replay_buffer, algo, capacity=capacity)
-        self.secondary = Batches(dataset.secondary_replay_buffer, algo, seed_offset=SECOND)
+    def __init__(self, dataset: MixedReplayBuffer, algo: Any, *, n_steps: int | None = None) -> None:
         self._ratio = dataset._secondary_mix_ratio
+        if n_steps is not None and self._ratio > 0:
+            check_secondary(dataset.secondary_replay_buffer, algo)
+        self.primary = Batches(dataset.primary_replay_buffer, algo, n_steps=n_steps)
+        self.secondary = Batches(dataset.secondary_replay_buffer, algo, seed_offset=SECOND)
 
     @property
     def buffer(self) -> ClusteredReplayBuffer | None:

@@ -159,14 +159,18 @@ def returns_to_go_of(dataset: ReplayBufferBase, algo: Any) -> Tensor:
 
     In the rows' order, and in d3rlpy's own arithmetic.
     """
-    found = []
-    for episode, index in rows_of(dataset):
-        rewards = dataset.transition_picker(episode, index).rewards_to_go
-        if algo.reward_scaler is not None:
-            rewards = algo.reward_scaler.transform_numpy(rewards)
-        powers = (algo.gamma ** np.arange(len(rewards))).astype(np.float32).reshape(-1, 1)
-        found.append(np.sum(powers * rewards, axis=0))
+    found = [return_to_go(dataset, row, algo) for row in rows_of(dataset)]
     return _floats(np.stack(found)).to(algo._device)
+
+
+def return_to_go(dataset: ReplayBufferBase, row: tuple[Any, int], algo: Any) -> np.ndarray:
+    """That of one row, an episode and a place in it, as far as the episode has come: [1]."""
+    rewards = dataset.transition_picker(*row).rewards_to_go
+    if algo.reward_scaler is not None:
+        rewards = algo.reward_scaler.transform_numpy(rewards)
+    powers = (algo.gamma ** np.arange(len(rewards))).astype(np.float32).reshape(-1, 1)
+    returned: np.ndarray = np.sum(powers * rewards, axis=0)
+    return returned
 
 
 def to_mini_batch(batch: Transitions, algo: Any, returns_to_go: Tensor | None = None) -> TorchMiniBatch:

@@ -727,9 +727,6 @@ def test_online_training_without_a_buffer_makes_d3rlpys_own() -> None:
     algo.fit_online(gymnasium.make("Pendulum-v1"), n_steps=30, **quiet)
     assert algo.c4_buffer.capacity == 30
     assert algo.grad_step > 5
-    rewarded = C4Config(base=small(CalQLConfig)).create()
-    with pytest.raises(ValueError, match="fit_online: expected an algorithm that needs no returns of whole episodes"):
-        rewarded.fit_online(gymnasium.make("Pendulum-v1"), n_steps=30, **quiet)
 
 
 def test_more_clusters_than_transitions_are_refused_by_fit() -> None:
