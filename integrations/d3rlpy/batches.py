@@ -175,8 +175,7 @@ class Batches:
         return Critics(critics.critic, critics.target, policy=policy, features=critics.features, encode=scale)
 
     def _can_cluster(self, batch_size: int) -> bool:
-        clusters = self._algo.config.n_clusters
-        fewest = max(batch_size, 1 if clusters == "auto" else clusters)
+        fewest = max(batch_size, self._algo.config.fewest_rows)
         if self._capacity is not None and len(self.buffer or ()) < fewest:
             return False
         return bool(self._algo.grad_step >= self._warm_up)

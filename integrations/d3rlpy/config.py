@@ -87,6 +87,11 @@ class C4Config(LearnableConfig):
         for name in MIRRORED:
             setattr(self, name, getattr(self.base, name))
 
+    @property
+    def fewest_rows(self) -> int:
+        """Transitions without which there can not be so many clusters."""
+        return 1 if isinstance(self.n_clusters, str) else self.n_clusters
+
     def create(self, device: DeviceArg = False, enable_ddp: bool = False) -> Any:
         """The algorithm of `base` with C4 in it, on `device`."""
         from .algorithm import armed

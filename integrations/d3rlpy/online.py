@@ -38,7 +38,7 @@ def check_secondary(dataset: ReplayBufferBase, algo: Any) -> None:
     """Raise ValueError for a mixed buffer's other half that its first batch would refuse."""
     if isinstance(dataset, MixedReplayBuffer):
         fail("buffer", "a MixedReplayBuffer of two ReplayBuffers, as a share comes from one", "a secondary mixed again")
-    fewest = algo.config.n_clusters if algo.c4_clusterer is None else 1
+    fewest = algo.config.fewest_rows if algo.c4_clusterer is None else 1
     if dataset.transition_count < fewest:
         fail("buffer", f"a secondary with a transition for each of {fewest} clusters", dataset.transition_count)
 

@@ -419,6 +419,6 @@ def test_a_dataset_without_transitions_is_refused(config: type) -> None:
     step = episodes(1, steps=1, discrete=config in DISCRETE)[0]
     empty = dataset_of([dataclasses.replace(step, terminated=False)])
     assert empty.transition_count == 0
-    algo = built(C4Config(base=small(config)), data_for(config))
-    with pytest.raises(ValueError, match="dataset: expected at least one transition, got an empty dataset"):
-        next(algo.fitter(empty, n_steps=1, n_steps_per_epoch=1, **QUIET))  # PRDC's `fit` reads the rows before
+    for algo in (C4Config(base=small(config)).create(), built(C4Config(base=small(config)), data_for(config))):
+        with pytest.raises(ValueError, match="dataset: expected at least one transition, got an empty dataset"):
+            next(algo.fitter(empty, n_steps=1, n_steps_per_epoch=1, **QUIET))  # PRDC's `fit` reads the rows before
