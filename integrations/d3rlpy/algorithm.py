@@ -220,7 +220,8 @@ class C4Algorithm(QLearningAlgoBase):
             self._grad_step += 1
         else:
             metrics = super().update(batch)
-        report = None if self.c4_buffer is None else self.c4_buffer.last_report
+        buffer = self.c4_secondary_buffer if self.c4_buffer is None else self.c4_buffer  # a share may be none
+        report = None if buffer is None else buffer.last_report
         if report is not None and report is not self._c4_reported:
             self._c4_reported = report
             metrics.update(

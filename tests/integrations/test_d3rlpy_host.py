@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import socket
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -469,6 +470,38 @@ def test_two_ranks_end_with_the_same_networks_and_draw_batches_of_their_own(conf
     (first, drawn_first), (second, drawn_second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for one, other in zip(first, second):
         assert torch.equal(one, other)
+    assert not torch.equal(drawn_first, drawn_second)
+
+
+TORCHRUN = """
+import sys
+
+import d3rlpy
+import torch
+from c4buffer import load_d4rl
+from c4buffer.integrations.d3rlpy import C4Config, dataset_of
+
+rank = d3rlpy.distributed.init_process_group("gloo")
+d3rlpy.seed(0)
+dataset = dataset_of(load_d4rl(sys.argv[1])[:200])
+base = d3rlpy.algos.TD3PlusBCConfig(batch_size=32)
+algo = C4Config(base=base, n_clusters=2, penalty_every=1, seed=0).create(False, enable_ddp=True)
+algo.fit(dataset, n_steps=4, n_steps_per_epoch=4, logger_adapter=d3rlpy.logging.NoopAdapterFactory())
+weights = [parameter.detach() for parameter in algo.impl.q_function.parameters()]
+torch.save([weights, algo.c4_buffer.sample(50).indices], f"{sys.argv[2]}/{rank}.pt")
+d3rlpy.distributed.destroy_process_group()
+"""
+
+
+def test_the_launcher_of_distributed_trainings_starts_wrapped_ones(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(TORCHRUN)
+    data = Path(__file__).parents[2] / "data" / "hopper-medium-expert-10k.hdf5"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, str(tmp_path / "train.py"), str(data), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (first, drawn_first), (second, drawn_second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(map(torch.equal, first, second))
     assert not torch.equal(drawn_first, drawn_second)
 
 
