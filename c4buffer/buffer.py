@@ -68,6 +68,9 @@ class ClusteredReplayBuffer:
         storage: "memory" keeps the transitions in RAM, "device" on `device`, "memmap" in files, which may be larger
             than the RAM. "pinned" is "memory" for a CUDA `device`: batches go there by way of page-locked memory, and
             nothing waits for them.
+        growing: allocate memory as transitions come, twice as much each time, rather than all that `capacity` takes
+            with the first: for a capacity that may never be reached. Batches are the same. While it grows, what was
+            allocated and what will be are held at once (but for "memmap", whose files are made longer).
         folder: for "memmap", where the files are made; None for the system's place for temporary ones. They go with the
             buffer: `save` is what keeps data.
         seed: of the buffer's own generator. None: torch.initial_seed(). Global generators are not touched.
@@ -99,6 +102,7 @@ class ClusteredReplayBuffer:
         frame_stack: int = 1,
         device: torch.device | str = "cpu",
         storage: Literal["memory", "pinned", "device", "memmap"] = "memory",
+        growing: bool = False,
         folder: str | os.PathLike[str] | None = None,
         seed: int | None = None,
     ) -> None:
@@ -138,6 +142,7 @@ class ClusteredReplayBuffer:
         self._embedding = embedding
         self._refresh_policy = refresh
         self._folder = folder
+        self._growing = bool(growing)
         self._storage = self._new_storage(storage)
         self._trajectories = Trajectories(capacity) if trajectory_tail else None
         self._windows: Windows | None = None
@@ -166,17 +171,19 @@ class ClusteredReplayBuffer:
             "discount": float(discount),
             "frame_stack": frame_stack,
             "storage": storage,
+            "growing": self._growing,
         }
 
     def _new_storage(self, storage: str) -> RingStorage:
         device = self.device if storage == "device" else torch.device("cpu")
+        ring = partial(RingStorage, self.capacity, device=device, target=self.device, growing=self._growing)
         if storage != "memmap":
-            return RingStorage(self.capacity, device=device, target=self.device, pinned=storage == "pinned")
+            return ring(pinned=storage == "pinned")
         # A folder of its own inside the one given, so that a state can be loaded beside what is held.
         folder = Path(tempfile.mkdtemp(prefix="c4buffer-", dir=self._folder))
-        ring = RingStorage(self.capacity, device=device, target=self.device, folder=folder)
-        weakref.finalize(ring, shutil.rmtree, folder, ignore_errors=True)
-        return ring
+        mapped = ring(folder=folder)
+        weakref.finalize(mapped, shutil.rmtree, folder, ignore_errors=True)
+        return mapped
 
     @classmethod
     def from_transitions(cls, transitions: Transitions, **options: Any) -> ClusteredReplayBuffer:

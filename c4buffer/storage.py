@@ -1,8 +1,9 @@
-"""Where transitions live: a ring of preallocated rows."""
+"""Where transitions live: a ring of rows, allocated at once or as they come."""
 
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,9 +16,14 @@ from ._checks import fail
 from .memory import free_bytes
 from .transitions import Transitions, map_observations, observation_leaves, with_leaves
 
+FEWEST_ROWS = 1024  # allocated at first by a ring that grows
+
 
 class RingStorage:
     """Up to `capacity` transitions on one device; the oldest are overwritten. Allocated by the first rows written.
+
+    A ring that grows allocates rows as they come, twice as many each time, up to `capacity`. Nothing is overwritten
+    before that is reached, and a row's slot stays the same.
 
     All fields of one dtype share a row, so that a batch is one gather for each dtype.
 
@@ -28,6 +34,7 @@ class RingStorage:
         pinned: by way of page-locked memory, from which a GPU takes them without the processor waiting.
         folder: keep them in files there, which may be larger than the memory; None for memory. Files that are there
             already are not touched. The files are the ring's own and are no checkpoint.
+        growing: allocate as rows come. In memory, old rows and new are held at once while they are copied.
     """
 
     def __init__(
@@ -38,14 +45,17 @@ class RingStorage:
         target: torch.device | None = None,
         pinned: bool = False,
         folder: Path | None = None,
+        growing: bool = False,
     ) -> None:
         self.capacity = capacity
         self.device = device
         self.target = device if target is None else target
         self.pinned = pinned
         self.folder = folder
+        self.growing = growing
+        self.room = 0  # rows allocated
         self.written = 0  # rows ever written; row j of them is in slot j % capacity
-        self._rows: dict[torch.dtype, Tensor] = {}  # [capacity, floats of all fields]
+        self._rows: dict[torch.dtype, Tensor] = {}  # [room, floats of all fields]
         self._widths: dict[torch.dtype, tuple[list[int], int]] = {}  # of the wide fields; how many scalars follow them
         self._columns: dict[str, Any] = {}  # views into the rows
 
@@ -62,8 +72,7 @@ class RingStorage:
         self._check_form(transitions)
         rows = len(transitions)
         kept = transitions if rows <= self.capacity else transitions[rows - self.capacity :]
-        if not self._columns:
-            self._allocate(kept)
+        self._make_room(kept, min(self.written + rows, self.capacity))
         start = (self.written + rows - len(kept)) % self.capacity
         head = min(len(kept), self.capacity - start)
         for name, value in kept.columns():
@@ -138,7 +147,7 @@ class RingStorage:
         held = min(state["written"], self.capacity)
         if state["form"]:
             columns = {name: _from_layout(form) for name, form in state["form"].items()}
-            needed = self.capacity * sum(
+            needed = self._room_for(held) * sum(
                 math.prod(leaf.shape[1:]) * leaf.element_size()
                 for value in columns.values()
                 for leaf in observation_leaves(value)
@@ -147,7 +156,7 @@ class RingStorage:
             if needed > room:
                 where = f"the memory of {self.device}" if self.folder is None else f"the disk of {self.folder}"
                 fail("capacity", f"one whose rows fit {where}", f"{needed / 2**30:.1f} GiB")
-            self._allocate(Transitions.unchecked(columns))
+            self._make_room(Transitions.unchecked(columns), held)
             for dtype, rows in self._rows.items():
                 saved = state["rows"][_name(dtype)]
                 if saved.dtype != dtype or saved.shape != (held, rows.shape[1]):
@@ -155,31 +164,59 @@ class RingStorage:
                 rows[:held] = saved.to(self.device)
         self.written = state["written"]
 
-    def _allocate(self, transitions: Transitions) -> None:
-        """Rows for transitions of this form, and the columns as views of them, in one order."""
+    def _make_room(self, transitions: Transitions, rows: int) -> None:
+        """For so many rows of this form, those held included."""
+        if not self._columns:
+            self._allocate(transitions, self._room_for(rows))
+        elif rows > self.room:
+            self._grow(self._room_for(rows))
+
+    def _room_for(self, rows: int) -> int:
+        return min(self.capacity, max(rows, 2 * self.room, FEWEST_ROWS)) if self.growing else self.capacity
+
+    def _allocate(self, transitions: Transitions, room: int) -> None:
+        """Rows for transitions of this form."""
         leaves = [leaf for _, value in transitions.columns() for leaf in observation_leaves(value)]
+        rows = {}
         for dtype in dict.fromkeys(leaf.dtype for leaf in leaves):
             mine = [leaf for leaf in leaves if leaf.dtype == dtype]
             wide = [math.prod(leaf.shape[1:]) for leaf in mine if leaf.ndim > 1]
             self._widths[dtype] = wide, len(mine) - len(wide)
-            self._rows[dtype] = self._allocated(dtype, sum(wide) + len(mine) - len(wide))
-        views = {dtype: _parts(rows, *self._widths[dtype]) for dtype, rows in self._rows.items()}
+            rows[dtype] = self._allocated(dtype, room, sum(wide) + len(mine) - len(wide))
+        self._lay_out(rows, room, transitions)
+
+    def _grow(self, room: int) -> None:
+        """More rows, the first of them those held; all or, when memory fails, none."""
+        rows = {}
+        for dtype, old in self._rows.items():
+            rows[dtype] = self._allocated(dtype, room, old.shape[1])
+            if self.folder is None:  # a file has kept what was in it
+                rows[dtype][: len(self)] = old[: len(self)]
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # a batch may be on its way, on a stream of its own
+        self._lay_out(rows, room, Transitions.unchecked(self._columns))
+
+    def _lay_out(self, rows: dict[torch.dtype, Tensor], room: int, transitions: Transitions) -> None:
+        """The columns as views of the rows, in one order."""
+        views = {dtype: _parts(part, *self._widths[dtype]) for dtype, part in rows.items()}
 
         def view(leaf: Tensor) -> Tensor:
-            rows = next(views[leaf.dtype][leaf.ndim == 1])
-            return rows.view(self.capacity, *leaf.shape[1:])
+            part = next(views[leaf.dtype][leaf.ndim == 1])
+            return part.view(room, *leaf.shape[1:])
 
-        for name, value in transitions.columns():
-            self._columns[name] = map_observations(view, value)
+        self._columns = {name: map_observations(view, value) for name, value in transitions.columns()}
+        self._rows, self.room = rows, room
 
-    def _allocated(self, dtype: torch.dtype, width: int) -> Tensor:
+    def _allocated(self, dtype: torch.dtype, room: int, width: int) -> Tensor:
         if self.folder is None:
-            return torch.empty(self.capacity, width, dtype=dtype, device=self.device)
+            return torch.empty(room, width, dtype=dtype, device=self.device)
         path = self.folder / f"{_name(dtype)}.rows"
-        if path.exists():
+        if path.exists() and dtype not in self._rows:
             fail("folder", "one without the files of another buffer", str(path))
-        rows = torch.from_file(str(path), shared=True, size=self.capacity * width, dtype=dtype)
-        return rows.view(self.capacity, width)
+        if path.exists():  # our own; torch, when it makes a file longer, overwrites the first byte
+            os.truncate(path, room * width * dtype.itemsize)
+        rows = torch.from_file(str(path), shared=True, size=room * width, dtype=dtype)
+        return rows.view(room, width)
 
     def _check_form(self, transitions: Transitions) -> None:
         for name, stored in self._columns.items():

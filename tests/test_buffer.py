@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
+import c4buffer.storage as storage_file
 from c4buffer import (
     ClusteredReplayBuffer,
     Critics,
@@ -176,6 +178,55 @@ def test_memory_and_device_storage_draw_the_same_batches() -> None:
     for buffer in buffers:
         buffer.refresh(CRITICS)
     assert_same_draws(*buffers)
+
+
+GROWING: dict[str, dict[str, Any]] = {
+    "memory": {},
+    "device": {"storage": "device"},
+    "memmap": {"storage": "memmap"},
+    "walks": {"replacement": False, "assignment": "hard"},
+    "tails": {"trajectory_tail": True},
+    "n-step": {"n_steps": 3},
+}
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("case", GROWING)
+def test_a_growing_buffer_gives_the_batches_of_one_whole_from_the_start(
+    case: str, saved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_file, "FEWEST_ROWS", 4)
+    rooms, found = [], []
+    for growing in (True, False):
+        buffer = ClusteredReplayBuffer(90, n_clusters=2, refresh=Every(15), seed=3, growing=growing, **GROWING[case])
+        batches = []
+        for step in range(80):
+            rows = transitions(2, seed=step)
+            end = torch.tensor([step % 7 == 6, step % 5 == 4]).float()
+            buffer.add(rows.observations, rows.actions, rows.rewards, rows.next_observations, end)
+            if step % 20 == 19:
+                buffer.extend(transitions(4, seed=100 + step))
+            if step == 12:
+                buffer.attach(CRITICS)
+            if step > 6:
+                batches += [buffer.sample(7) for _ in range(1 + step % 3)]
+            rooms.append(buffer._storage.room)
+            if saved and step in (30, 70):
+                buffer.save(tmp_path / "buffer.c4")
+                buffer = ClusteredReplayBuffer.load(tmp_path / "buffer.c4", refresh=Every(15))
+                assert buffer._storage.growing == growing
+                buffer.attach(CRITICS)
+        assert len(buffer) == 90
+        found.append([*batches, buffer.sample(7)])
+    assert {4, 8, 16, 32, 64, 90} >= set(rooms[:80]) > {4, 8, 16, 90}
+    assert set(rooms[80:]) == {90}
+    for one, other in zip(*found, strict=True):
+        assert one.cluster == other.cluster
+        assert one.indices is not None
+        assert other.indices is not None
+        assert torch.equal(one.indices, other.indices)
+        assert_same(one, other)
+    assert {batch.cluster for batch in found[0]} == {-1, 0, 1}
 
 
 @pytest.mark.parametrize("prefetch", [1, 3, 50])

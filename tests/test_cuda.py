@@ -154,6 +154,24 @@ def test_batches_come_the_same_by_any_way(storage: Any, prefetch: int) -> None:
     assert bool(total.isfinite())
 
 
+@pytest.mark.parametrize("storage", ["memory", "pinned", "device"])
+def test_a_buffer_that_grows_between_batches_drawn_ahead_gives_what_a_whole_one_gives(storage: Any) -> None:
+    found = []
+    for growing in (True, False):
+        buffer = ClusteredReplayBuffer(6000, device="cuda", storage=storage, growing=growing, seed=0)
+        buffer.extend(transitions(900))
+        batches = buffer.batches(256, prefetch=2)
+        found.append([])
+        for _ in range(20):
+            found[-1].append(next(batches))
+            buffer.extend(transitions(300))
+        assert len(buffer) == 6000
+    for one, other in zip(*found):
+        assert torch.equal(one.indices, other.indices)
+        for (name, first), (_, second) in zip(one.columns(), other.columns()):
+            assert torch.equal(first, second), name
+
+
 @pytest.mark.parametrize("storage", ["memory", "device"])
 def test_buffers(storage: Any) -> None:
     batches = []

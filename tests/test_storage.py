@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import c4buffer.storage as storage_file
 from c4buffer import Transitions
 from c4buffer.storage import RingStorage
 from c4buffer.transitions import observation_leaves
@@ -88,6 +90,102 @@ def test_ring_holds_what_a_plain_list_holds_over_any_wraps(capacity: int, counts
         assert_same_rows(everything(storage), expected)
         assert_same_rows(storage.rows(0, len(storage)), expected)
         assert [row for row in range(written + 1) if storage.holds(row)] == sorted(oracle)
+
+
+@pytest.fixture
+def from_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rings that grow begin with a single row."""
+    monkeypatch.setattr(storage_file, "FEWEST_ROWS", 1)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("counts", [[1] * 20, [3, 1, 5, 2, 1, 1, 6], [2, 40, 3], [11, 11], [1, 10, 1]])
+def test_a_growing_ring_holds_what_a_whole_one_holds(
+    counts: list[int], form: str, mapped: bool, tmp_path: Path, from_one_row: None
+) -> None:
+    whole = RingStorage(11, device=CPU)
+    growing = RingStorage(11, device=CPU, growing=True, folder=tmp_path if mapped else None)
+    written = 0
+    for count in counts:
+        rows = in_form(form, written, count)
+        assert torch.equal(growing.write(rows), whole.write(rows))
+        written += count
+        if written % 2:
+            for ring in (growing, whole):
+                ring.link(written - 1, torch.tensor([0.125]))
+        assert_same_rows(everything(growing), everything(whole))
+        assert_same_rows(growing.rows(0, len(growing)), whole.rows(0, len(whole)))
+        assert len(growing) <= growing.room <= min(11, max(2 * len(growing), 1))
+        assert_same_state(growing.state(), whole.state())
+
+
+def assert_same_state(one: Any, other: Any) -> None:
+    assert {**one, "rows": None} == {**other, "rows": None}
+    assert one["rows"].keys() == other["rows"].keys()
+    for name, rows in one["rows"].items():
+        assert torch.equal(rows, other["rows"][name])
+
+
+def test_a_growing_ring_doubles_its_room_up_to_the_capacity(from_one_row: None) -> None:
+    ring = RingStorage(11, device=CPU, growing=True)
+    rooms = []
+    for row in range(14):
+        ring.write(counted(row, 1))
+        rooms.append(ring.room)
+    assert rooms == [1, 2, 4, 4, 8, 8, 8, 8, *[11] * 6]
+
+
+def test_a_growing_ring_allocates_little_for_a_huge_capacity() -> None:
+    ring = RingStorage(1 << 50, device=CPU, growing=True)
+    ring.write(in_form("uint8 image", 0, 3))
+    assert ring.room == storage_file.FEWEST_ROWS
+    assert_same_rows(everything(ring), in_form("uint8 image", 0, 3))
+    other = RingStorage(1 << 50, device=CPU, growing=True)
+    other.restore(ring.state())
+    assert other.room == storage_file.FEWEST_ROWS
+    assert_same_rows(everything(other), everything(ring))
+
+
+@pytest.mark.parametrize("fails_at", [0, 1])
+def test_a_ring_that_can_not_grow_is_as_it_was(
+    fails_at: int, from_one_row: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ring = RingStorage(11, device=CPU, growing=True)
+    ring.write(in_form("uint8 image", 0, 4))
+    before = everything(ring)
+    allocated, calls = RingStorage._allocated, iter(range(9))
+
+    def scarce(ring: RingStorage, *arguments: Any) -> Tensor:
+        if next(calls) == fails_at:
+            raise RuntimeError("not enough memory")
+        return allocated(ring, *arguments)
+
+    monkeypatch.setattr(RingStorage, "_allocated", scarce)
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        ring.write(in_form("uint8 image", 4, 1))
+    monkeypatch.undo()
+    assert len(ring) == ring.written == ring.room == 4
+    assert_same_rows(everything(ring), before)
+    ring.write(in_form("uint8 image", 4, 9))
+    assert_same_rows(everything(ring), in_form("uint8 image", 0, 13)[torch.tensor([11, 12, *range(2, 11)])])
+
+
+def test_every_byte_of_a_file_outlasts_its_growth(tmp_path: Path, from_one_row: None) -> None:
+    ring = RingStorage(8, device=CPU, growing=True, folder=tmp_path)
+    rows = counted(0, 8, observations=torch.full((8, 2), 0.1))
+    for row in range(8):
+        ring.write(rows[row : row + 1])
+        assert (tmp_path / "float32.rows").stat().st_size == ring.room * 4 * 11
+    assert_same_rows(everything(ring), rows)
+
+
+def test_a_growing_ring_takes_no_file_of_another_buffer(tmp_path: Path) -> None:
+    (tmp_path / "float32.rows").write_bytes(b"data")
+    ring = RingStorage(4, device=CPU, growing=True, folder=tmp_path)
+    with pytest.raises(ValueError, match="folder: expected one without the files of another buffer"):
+        ring.write(counted(0, 1))
+    assert (tmp_path / "float32.rows").read_bytes() == b"data"
 
 
 @pytest.mark.parametrize("form", FORMS)

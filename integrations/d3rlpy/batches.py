@@ -162,6 +162,7 @@ class Batches:
             "clusterer": self._algo.c4_clusterer,
             "device": self._algo._device,
             "storage": "device",
+            "growing": True,  # fit_online's default capacity of a million may be far more than will ever come
             **given,
         }
 

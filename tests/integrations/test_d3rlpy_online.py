@@ -26,9 +26,9 @@ from d3rlpy.logging import NoopAdapterFactory
 from d3rlpy.preprocessing import ConstantShiftRewardScaler, MinMaxActionScaler, MinMaxObservationScaler
 from d3rlpy.torch_utility import TorchMiniBatch
 
-from c4buffer import Transitions
+from c4buffer import Transitions, storage
 
-from .test_d3rlpy import dataset_of, drawn, mini_batch, small
+from .test_d3rlpy import assert_same_state, dataset_of, drawn, mini_batch, small
 
 __all__ = ["drawn"]  # a fixture
 QUIET: dict[str, Any] = {"show_progress": False, "logger_adapter": NoopAdapterFactory()}
@@ -319,3 +319,63 @@ def test_a_secondary_of_which_nothing_is_drawn_may_be_empty(draws: list[Draw]) -
     algo = C4Config(base=small(SACConfig), n_clusters=2, seed=0).create()
     algo.fit_online(env, mixed, n_steps=40, n_steps_per_epoch=40, **QUIET)
     assert len(draws) == algo.grad_step > 10
+
+
+def trained_online(limit: int, *, growing: bool) -> Any:
+    torch.manual_seed(0)
+    np.random.seed(0)
+    env = Sparse()
+    host = create_fifo_replay_buffer(limit, env=env)
+    algo = C4Config(base=small(SACConfig), n_clusters=2, refresh_interval=20, seed=0).create()
+    algo.c4_buffer_options = {"growing": growing}
+    algo.fit_online(env, host, n_steps=130, n_steps_per_epoch=130, random_steps=20, **QUIET)
+    return algo
+
+
+@pytest.mark.parametrize("limit", [1000, 70])
+def test_a_buffer_that_grows_gives_the_batches_of_one_whole_from_the_start(
+    limit: int, drawn: list[Transitions], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "FEWEST_ROWS", 4)
+    grown, whole = trained_online(limit, growing=True), trained_online(limit, growing=False)
+    assert_same_state(grown, whole)
+    assert len(drawn) % 2 == 0
+    for one, other in zip(drawn[: len(drawn) // 2], drawn[len(drawn) // 2 :]):
+        assert one.cluster == other.cluster
+        for (name, first), (_, second) in zip(one.columns(), other.columns()):
+            assert torch.equal(first, second), name
+        assert torch.equal(one.indices, other.indices)
+    assert grown.c4_buffer.capacity == whole.c4_buffer.capacity == min(limit, 130)
+    assert grown.c4_buffer.last_report.sizes == whole.c4_buffer.last_report.sizes
+
+
+class Frames(gymnasium.Env[Any, Any]):
+    """Atari's observations: four frames of 84 x 84 bytes."""
+
+    observation_space = gymnasium.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    action_space = gymnasium.spaces.Discrete(4)
+    frames = np.random.default_rng(0).integers(0, 256, size=(20, 4, 84, 84), dtype=np.uint8)
+    steps = 0
+
+    def reset(self, **options: Any) -> Any:
+        return self.frames[0], {}
+
+    def step(self, action: Any) -> Any:
+        self.steps += 1
+        return self.frames[self.steps % 20], 1.0, self.steps % 20 == 19, False, {}
+
+
+def test_images_with_d3rlpys_default_of_a_million_rows_take_no_more_memory_than_came() -> None:
+    algo = C4Config(base=DQNConfig(batch_size=4), n_clusters=2, seed=0).create()
+
+    def stop(algo: Any, epoch: int, step: int) -> None:
+        if step == 12:
+            raise InterruptedError("a million steps are not waited for")
+
+    with pytest.raises(InterruptedError):
+        algo.fit_online(Frames(), callback=stop, **QUIET)
+    assert algo.grad_step > 5
+    assert algo.c4_buffer.capacity == 1_000_000
+    ring = algo.c4_buffer._storage
+    assert ring.room == storage.FEWEST_ROWS
+    assert sum(rows.nbytes for rows in ring._rows.values()) < 60e6  # of 56 GB
