@@ -25,7 +25,7 @@ from scipy.stats import bootstrap, spearmanr, trim_mean
 
 BASELINE = "plain"
 FEWEST = 3  # pairs of a dataset, for an interval
-COLOURS = ("#6b7280", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#cc79a7", "#d55e00")
+COLOURS = ("#6b7280", "#e69f00", "#56b4e9", "#009e73", "#b59a00", "#0072b2", "#cc79a7", "#d55e00")
 CURVES = {
     "scores": "normalised score",
     "mean_q": "mean Q",
@@ -246,6 +246,7 @@ def main() -> None:
     if len(grid.bases) > 1:
         records, baseline = of_bases(records), grid.bases[0]
         arms = list(dict.fromkeys([*grid.bases, *(record["arm"] for record in records)]))
+    arms = [arm for arm in arms if any(record["arm"] == arm for record in records)]
     lines = [
         f"# Study `{arguments.grid}`: {own} of {len(wanted)} runs",
         "",
