@@ -22,9 +22,10 @@ from .dataset import (
     rows_since,
     scaled_observations,
     stored_transitions_from,
-    stored_transitions_of,
     to_mini_batch,
+    transitions_for_buffer,
 )
+from .frames import FrameBuffer, fill
 from .online import ReturnsToGo, check_growing, check_secondary, rows_at_most
 
 # updates before the critics learn, of the algorithms that hold them back (BEAR warms up its actor alone)
@@ -38,16 +39,17 @@ class UniformBatches:
     """Batches of one dataset, drawn uniformly, without per-transition Python; for a built algorithm."""
 
     def __init__(self, dataset: ReplayBufferBase, algo: Any) -> None:
-        transitions = stored_transitions_of(dataset, algo)
+        transitions, frames = transitions_for_buffer(dataset, algo)
         self._algo = algo
-        self._buffer = ClusteredReplayBuffer(
+        self._buffer = _kind(frames)(
             len(transitions),
             n_clusters=1,
             seed=_seed_of_fit(torch.initial_seed(), algo),
             device=algo._device,
             storage="device",
+            frame_stack=max(1, frames),
         )
-        self._buffer.extend(transitions)
+        fill(self._buffer, transitions)
 
     def sample(self, batch_size: int) -> TorchMiniBatch:
         """So many rows."""
@@ -106,11 +108,12 @@ class Batches:
         return to_mini_batch(batch, self._algo, returns_to_go)
 
     def _filled(self) -> ClusteredReplayBuffer:
-        transitions = stored_transitions_of(self._dataset, self._algo)
+        own_stacks = "frame_stack" in self._algo.c4_buffer_options
+        transitions, frames = transitions_for_buffer(self._dataset, self._algo, frames=not own_stacks)
         if self._algo.need_returns_to_go:
             self._returns_to_go = returns_to_go_of(self._dataset, self._algo)
-        buffer = self._new_buffer(len(transitions))
-        buffer.extend(transitions)
+        buffer = self._new_buffer(len(transitions), frames)
+        fill(buffer, transitions)
         self._images = has_images(transitions.observations)
         if self._saved is not None:
             self._go_on(buffer, self._saved)
@@ -141,14 +144,14 @@ class Batches:
             fail("dataset", f"the transitions of the buffer in {path}, scaled as they were", "others")
         buffer.load_state_dict(state)
 
-    def _new_buffer(self, capacity: int) -> ClusteredReplayBuffer:
+    def _new_buffer(self, capacity: int, frames: int = 0) -> ClusteredReplayBuffer:
         config = self._algo.config
         seed = torch.initial_seed() if config.seed is None else config.seed
-        return ClusteredReplayBuffer(
+        return _kind(frames)(
             capacity,
             n_clusters=config.n_clusters,
             seed=_seed_of_fit(seed + self._seed_offset, self._algo),
-            **self._options(),
+            **{"frame_stack": max(1, frames), **self._options()},
         )
 
     def _options(self) -> dict[str, Any]:
@@ -219,6 +222,10 @@ class _Scaled(torch.nn.Module):
 
     def forward(self, observations: Any) -> torch.Tensor:
         return self.policy(self.scale(observations))
+
+
+def _kind(frames: int) -> type[ClusteredReplayBuffer]:
+    return FrameBuffer if frames > 0 else ClusteredReplayBuffer
 
 
 def _seed_of_fit(seed: int, algo: Any) -> int:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from c4buffer import Transitions
 from c4buffer._checks import fail
+from c4buffer.transitions import observation_leaves
 
+from .frames import BLOCK_ROWS, frames_to_stack
 from .rows import Run, columns_of, ends_of_runs, rows_of, runs_of
 
 
@@ -35,6 +37,19 @@ def stored_transitions_of(dataset: ReplayBufferBase, algo: Any) -> Transitions:
     return _transitions(_columns_of(dataset), dataset, algo)
 
 
+def transitions_for_buffer(dataset: ReplayBufferBase, algo: Any, *, frames: bool = True) -> tuple[Transitions, int]:
+    """The same in RAM, and how many frames a FrameBuffer is to stack: observations are single frames then.
+
+    It is 0, and observations are what the picker gives, where a buffer's stacks would not be the picker's, and for
+    `frames=False`.
+    """
+    _check(dataset)
+    runs = runs_of(rows_of(dataset))
+    count = frames_to_stack(dataset, runs, algo.observation_scaler) if frames else 0
+    columns = _from_runs(runs) if count else _columns_of(dataset)
+    return _transitions(columns, dataset, algo, torch.device("cpu")), count
+
+
 def stored_transitions_from(dataset: Any, start: int, algo: Any) -> Transitions:
     """Those from row `start` on, of a buffer that an environment fills: the episode under way is not closed."""
     found = _transitions(_from_picker(dataset, start), dataset, algo)
@@ -55,19 +70,26 @@ def rows_since(dataset: ReplayBufferBase, seen: tuple[Any, int] | None) -> int:
     return 0 if seen is None else row
 
 
-def _transitions(columns: dict[str, Any], dataset: ReplayBufferBase, algo: Any) -> Transitions:
+def _transitions(columns: dict[str, Any], dataset: ReplayBufferBase, algo: Any, device: Any = None) -> Transitions:
+    """On `device`; None for the algorithm's."""
     if algo is not None:
-        columns = _scaled(columns, algo)
+        _scale(columns, algo)
+        device = algo._device if device is None else device
+        columns = {name: _leafwise(lambda part: part.to(device), value) for name, value in columns.items()}
     if dataset.dataset_info.action_space == ActionSpace.DISCRETE:
         columns.update({name: columns[name].long() for name in ("actions", "next_actions")})
     return Transitions(**columns, has_next_actions=1 - columns["terminals"].reshape(-1))
 
 
-def _columns_of(dataset: ReplayBufferBase) -> dict[str, Any]:
+def _check(dataset: ReplayBufferBase) -> None:
     if isinstance(dataset, MixedReplayBuffer):
         fail("dataset", "one ReplayBuffer with all the episodes", "a MixedReplayBuffer of several")
     if dataset.transition_count == 0:
         fail("dataset", "at least one transition", "an empty dataset")
+
+
+def _columns_of(dataset: ReplayBufferBase) -> dict[str, Any]:
+    _check(dataset)
     if type(dataset.transition_picker) is BasicTransitionPicker:
         return _from_runs(runs_of(rows_of(dataset)))
     return _from_picker(dataset)
@@ -133,17 +155,23 @@ def _floats(values: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
 
 
-def _scaled(columns: dict[str, Any], algo: Any) -> dict[str, Any]:
-    device = algo._device
-    columns = {name: _leafwise(lambda part: part.to(device), value) for name, value in columns.items()}
+def _scale(columns: dict[str, Any], algo: Any) -> None:
+    """In place, some rows at a time on the algorithm's device, which all of them may not fit."""
     for scaler, names in (
         (algo.observation_scaler, ("observations", "next_observations")),
         (algo.action_scaler, ("actions", "next_actions")),
         (algo.reward_scaler, ("rewards",)),
     ):
         if scaler is not None and not has_images(columns[names[0]]):
-            columns.update({name: _transformed(scaler, columns[name]) for name in names})
-    return columns
+            for name in names:
+                for start in range(0, len(columns["rewards"]), BLOCK_ROWS):
+                    _scale_rows(columns[name], slice(start, start + BLOCK_ROWS), scaler, algo._device)
+
+
+def _scale_rows(value: Any, rows: slice, scaler: Any, device: Any) -> None:
+    found = _transformed(scaler, _leafwise(lambda part: part[rows].to(device), value))
+    for part, scaled in zip(observation_leaves(value), observation_leaves(found)):
+        part[rows] = scaled
 
 
 def _transformed(scaler: Any, value: Any) -> Any:

@@ -47,7 +47,7 @@ def ends_of_runs(runs: Sequence[Run]) -> np.ndarray:
 
 def columns_of(runs: Sequence[Run]) -> dict[str, Any]:
     """What the basic picker gives, as arrays; observations as a list of their parts. A run's end is an end."""
-    observations = list(zip(*(_parts(run.episode.observations) for run in runs)))
+    observations = list(zip(*(parts_of(run.episode.observations) for run in runs)))
     actions = [run.episode.actions for run in runs]
     ends = ends_of_runs(runs)
     terminals, timeouts = np.zeros((2, ends[-1] + 1), dtype=np.float32)
@@ -64,7 +64,8 @@ def columns_of(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def _parts(observations: Any) -> Sequence[np.ndarray]:
+def parts_of(observations: Any) -> Sequence[np.ndarray]:
+    """The arrays of an episode's observations."""
     return observations if isinstance(observations, (list, tuple)) else [observations]
 
 

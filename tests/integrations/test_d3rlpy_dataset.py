@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from c4buffer.integrations.d3rlpy import C4Config, transitions_of
-from c4buffer.integrations.d3rlpy.dataset import returns_to_go_of
+from c4buffer.integrations.d3rlpy import ACTIVEConfig, C4Config, critics_of, frames, transitions_of
+from c4buffer.integrations.d3rlpy import dataset as conversion
+from c4buffer.integrations.d3rlpy.batches import Batches, UniformBatches
+from c4buffer.integrations.d3rlpy.frames import FrameBuffer
 from c4buffer.integrations.d3rlpy.rows import rows_of, runs_of
-from d3rlpy.algos import CalQLConfig
-from d3rlpy.dataset import BasicTransitionPicker, Episode, FIFOBuffer, InfiniteBuffer, ReplayBuffer
+from d3rlpy.algos import CalQLConfig, DQNConfig, TD3PlusBCConfig
+from d3rlpy.dataset import (
+    BasicTransitionPicker,
+    Episode,
+    FIFOBuffer,
+    FrameStackTransitionPicker,
+    InfiniteBuffer,
+    ReplayBuffer,
+)
 from d3rlpy.logging import NoopAdapterFactory
-from d3rlpy.preprocessing import MultiplyRewardScaler
+from d3rlpy.preprocessing import (
+    MinMaxActionScaler,
+    MultiplyRewardScaler,
+    PixelObservationScaler,
+    StandardObservationScaler,
+)
+from d3rlpy.torch_utility import TorchMiniBatch
 
-from c4buffer import Transitions
+from c4buffer import Transitions, stacked_features, stacked_gradients
 
-from .test_d3rlpy import built, dataset_of, drawn, episodes, small
+from .test_d3rlpy import assert_same_state, built, dataset_of, drawn, episodes, mini_batch, small
+from .test_d3rlpy_host import image_episodes, pixel_config
 
 __all__ = ["drawn"]  # a fixture
 QUIET: dict[str, Any] = {"show_progress": False, "logger_adapter": NoopAdapterFactory()}
@@ -152,7 +169,7 @@ def test_returns_to_go_are_those_of_the_rows_drawn(made: Any, drawn: list[Transi
             rewards = 0.5 * picked.rewards_to_go
             powers = (0.99 ** np.arange(len(rewards))).astype(np.float32).reshape(-1, 1)
             np.testing.assert_array_equal(batch.returns_to_go[i].numpy(), np.sum(powers * rewards, axis=0))
-    assert torch.equal(batch.returns_to_go, returns_to_go_of(dataset, algo)[rows.indices])
+    assert torch.equal(batch.returns_to_go, conversion.returns_to_go_of(dataset, algo)[rows.indices])
 
 
 def test_parts_of_observations_are_repeated_together() -> None:
@@ -172,3 +189,248 @@ def test_parts_of_observations_are_repeated_together() -> None:
         for name in ("observations", "next_observations"):
             for part, expected in zip(getattr(transitions, name), getattr(picked, FIELDS[name]), strict=True):
                 np.testing.assert_array_equal(part[i].numpy(), expected)
+
+
+def framed(parts: list[Episode], n_frames: int = 4, **options: Any) -> ReplayBuffer:
+    return dataset_of(parts, transition_picker=FrameStackTransitionPicker(n_frames), **options)
+
+
+def repeated_images(**options: Any) -> ReplayBuffer:
+    """Episodes of colour images, terminated and not, some twice; the last is shorter than a stack."""
+    first, second, third = image_episodes(3, discrete=True)
+    short = Episode(third.observations[:3], third.actions[:3], third.rewards[:3], terminated=False)
+    return framed([first, first, second, third, second, short], **options)
+
+
+def two_images(**options: Any) -> ReplayBuffer:
+    """Observations of two images, one of them in floats."""
+    parts = []
+    for part in image_episodes(discrete=True, channels=1):
+        images: Any = [part.observations, (part.observations[:, :, ::2] / 255).astype(np.float32)]
+        parts.append(Episode(images, part.actions, part.rewards, part.terminated))
+    return framed(parts, **options)
+
+
+def float_images(**options: Any) -> ReplayBuffer:
+    parts = [
+        Episode((part.observations / 100 - 1).astype(np.float32), part.actions, part.rewards, part.terminated)
+        for part in image_episodes(discrete=True)
+    ]
+    return framed(parts, **options)
+
+
+def dropped_images(**options: Any) -> ReplayBuffer:
+    """The oldest rows are gone, but not the frames that the host stacks."""
+    return framed(image_episodes(discrete=True), buffer=FIFOBuffer(limit=40), **options)
+
+
+def vectors(**options: Any) -> ReplayBuffer:
+    return framed(episodes(discrete=True), **options)
+
+
+class OwnStacks(FrameStackTransitionPicker):
+    """Under another name, by which it may do anything."""
+
+
+def stacks_of_its_own() -> ReplayBuffer:
+    return dataset_of(image_episodes(discrete=True), transition_picker=OwnStacks(4))
+
+
+def algo_for(rows: ReplayBuffer, scaler: Any = None) -> Any:
+    """DQN that is not trained: only its scalers and its device are asked for."""
+    observation_scaler = scaler and scaler()
+    if scaler is StandardObservationScaler:  # d3rlpy's own fit of it takes no stacks
+        stacks = transitions_of(rows).observations.numpy()
+        observation_scaler = StandardObservationScaler(mean=stacks.mean(axis=0), std=stacks.std(axis=0))
+    base = pixel_config(DQNConfig, observation_scaler=observation_scaler, reward_scaler=MultiplyRewardScaler(0.3))
+    return C4Config(base=base, n_clusters=2, seed=0).create()
+
+
+def assert_hosts_batch(batch: TorchMiniBatch, rows: ReplayBuffer, indices: torch.Tensor, algo: Any) -> None:
+    scalers = {name: getattr(algo, name) for name in ("observation_scaler", "action_scaler", "reward_scaler")}
+    expected = TorchMiniBatch.from_batch(mini_batch(rows, indices), algo.gamma, False, "cpu:0", **scalers)
+    for name in ("observations", "actions", "rewards", "next_observations", "next_actions", "terminals", "intervals"):
+        one, other = getattr(batch, name), getattr(expected, name)
+        for part, its_part in zip(*([value] if torch.is_tensor(value) else value for value in (one, other))):
+            assert torch.equal(part, its_part), name
+
+
+@pytest.mark.parametrize("scaler", [None, PixelObservationScaler, StandardObservationScaler])
+@pytest.mark.parametrize("storage", ["device", "memory", "memmap"])
+@pytest.mark.parametrize("n_frames", [1, 2, 4])
+def test_single_frames_are_held_and_batches_are_the_hosts(
+    n_frames: int, storage: str, scaler: Any, drawn: list[Transitions]
+) -> None:
+    rows = repeated_images(n_frames=n_frames)
+    algo = algo_for(rows, scaler)
+    algo.c4_buffer_options = {"storage": storage}
+    batches = Batches(rows, algo)
+    batches._attached = True  # nothing to cluster by
+    batch = batches.sample(400)
+    assert isinstance(batches.buffer, FrameBuffer)
+    assert_hosts_batch(batch, rows, drawn[0].indices, algo)
+    assert (batch.terminals == 1).any()
+    held = batches.buffer.state_dict()["storage"]["rows"]["uint8"]
+    assert held.nbytes == 2 * rows.transition_count * 2 * 16 * 16
+
+
+@pytest.mark.parametrize("made", [two_images, float_images])
+def test_other_images_are_held_one_by_one_too(made: Any, drawn: list[Transitions]) -> None:
+    rows = made()
+    algo = algo_for(rows)
+    batches = Batches(rows, algo)
+    batches._attached = True
+    assert_hosts_batch(batches.sample(400), rows, drawn[0].indices, algo)
+    assert isinstance(batches.buffer, FrameBuffer)
+
+
+@pytest.mark.parametrize(
+    ("made", "scaler"),
+    [
+        (dropped_images, PixelObservationScaler),
+        (stacks_of_its_own, PixelObservationScaler),
+        (float_images, StandardObservationScaler),
+        (vectors, StandardObservationScaler),
+        (vectors, None),
+    ],
+)
+def test_the_hosts_stacks_are_held_where_the_buffers_would_be_others(
+    made: Any, scaler: Any, drawn: list[Transitions]
+) -> None:
+    rows = made()
+    algo = algo_for(rows, scaler)
+    batches = Batches(rows, algo)
+    batches._attached = True
+    assert_hosts_batch(batches.sample(400), rows, drawn[0].indices, algo)
+    assert not isinstance(batches.buffer, FrameBuffer)
+
+
+def test_a_frame_stack_that_was_asked_for_joins_the_pickers_stacks() -> None:
+    rows = repeated_images(n_frames=2)
+    algo = algo_for(rows, PixelObservationScaler)
+    algo.c4_buffer_options = {"frame_stack": 3}
+    batches = Batches(rows, algo)
+    batches._attached = True
+    assert batches.sample(8).observations.shape[1] == 2 * 2 * 3
+
+
+def test_transitions_of_gives_the_stacks() -> None:
+    rows = repeated_images()
+    transitions = transitions_of(rows)
+    assert transitions.observations.shape[1:] == (8, 16, 16)
+    for i in range(rows.transition_count):
+        assert_row(transitions, i, rows.transition_picker(*rows.buffer[i]))
+
+
+@pytest.mark.parametrize("embedding", ["gradients", "features"])
+def test_stacks_are_clustered_as_the_host_has_them(embedding: str) -> None:
+    rows = repeated_images()
+    algo = C4Config(base=pixel_config(DQNConfig), n_clusters=2, embedding=embedding, seed=0).create()
+    seen: list[torch.Tensor] = []
+
+    def keep(embeddings: torch.Tensor, previous: Any) -> torch.Tensor:
+        seen.append(embeddings)
+        return torch.full((len(embeddings), 2), 0.5)
+
+    algo.c4_clusterer = keep
+    algo.c4_buffer_options = {"max_dim": 4096}
+    algo.fit(rows, n_steps=2, n_steps_per_epoch=2, **QUIET)
+    algo.c4_buffer.refresh()
+    embed = {"gradients": stacked_gradients, "features": stacked_features}[embedding]
+    torch.testing.assert_close(seen[-1], embed(critics_of(algo), transitions_of(rows, algo)))
+
+
+def test_an_embedding_of_ones_own_is_shown_the_hosts_rows() -> None:
+    rows = repeated_images()
+    algo = C4Config(base=pixel_config(DQNConfig), n_clusters=2, seed=0).create()
+    shown: list[Transitions] = []
+
+    def embed(critics: Any, batch: Transitions) -> torch.Tensor:
+        shown.append(batch)
+        return torch.randn(len(batch), 2, generator=torch.Generator().manual_seed(0))
+
+    algo.c4_buffer_options = {"embedding": embed}
+    algo.fit(rows, n_steps=1, n_steps_per_epoch=1, **QUIET)
+    seen = Transitions.concatenate(shown)
+    assert len(seen) == rows.transition_count
+    for i in range(len(seen)):
+        assert_row(seen, i, rows.transition_picker(*rows.buffer[i]))
+
+
+def test_active_draws_uniformly_from_single_frames() -> None:
+    rows = framed(image_episodes(discrete=False))
+    base = pixel_config(ACTIVEConfig, action_scaler=MinMaxActionScaler(), likelihood_target=0.0)
+    algo = built(base, rows)
+    batches = UniformBatches(rows, algo)
+    indices: list[torch.Tensor] = []
+    sample = batches._buffer.sample
+
+    def keep(batch_size: int) -> Transitions:
+        batch = sample(batch_size)
+        indices.append(batch.indices)
+        return batch
+
+    batches._buffer.sample = keep  # type: ignore[method-assign,assignment]
+    assert_hosts_batch(batches.sample(100), rows, indices[0], algo)
+    assert isinstance(batches._buffer, FrameBuffer)
+
+
+def test_a_fit_of_frames_is_resumed_batch_for_batch(tmp_path: Path, drawn: list[Transitions]) -> None:
+    rows = repeated_images()
+
+    def fresh() -> Any:
+        config = C4Config(base=pixel_config(DQNConfig), n_clusters=2, refresh_interval=3, penalty_every=2, seed=0)
+        algo = built(config, rows)
+        algo.c4_buffer_options = {"storage": "memory"}
+        return algo
+
+    whole = fresh()
+    for epoch, _ in whole.fitter(rows, n_steps=8, n_steps_per_epoch=1, **QUIET):
+        if epoch == 4:
+            whole.save_model(str(tmp_path / "model.pt"))
+            whole.c4_buffer.save(tmp_path / "buffer.safetensors")
+    halves = fresh()
+    halves.load_model(str(tmp_path / "model.pt"))
+    halves.set_grad_step(4)
+    halves.c4_resume(tmp_path / "buffer.safetensors")
+    halves.fit(rows, n_steps=4, n_steps_per_epoch=4, **QUIET)
+    for first, second in zip(drawn[4:8], drawn[8:], strict=True):
+        assert first.cluster == second.cluster
+        assert torch.equal(first.indices, second.indices)
+        assert torch.equal(first.observations, second.observations)
+        assert torch.equal(first.next_observations, second.next_observations)
+    assert_same_state(whole, halves)
+
+    others = fresh()
+    others.c4_resume(tmp_path / "buffer.safetensors")
+    with pytest.raises(ValueError, match="expected"):
+        others.fit(repeated_images(n_frames=2), n_steps=1, n_steps_per_epoch=1, **QUIET)
+
+
+@pytest.mark.parametrize("block", [7, 10_000])
+def test_columns_are_scaled_block_by_block_as_the_host_scales_them(
+    block: int, monkeypatch: pytest.MonkeyPatch, drawn: list[Transitions]
+) -> None:
+    monkeypatch.setattr(conversion, "BLOCK_ROWS", block)
+    monkeypatch.setattr(frames, "BLOCK_ROWS", block)
+    rows = plain()
+    scalers = {
+        "observation_scaler": StandardObservationScaler(),
+        "action_scaler": MinMaxActionScaler(),
+        "reward_scaler": MultiplyRewardScaler(0.3),
+    }
+    algo = built(C4Config(base=small(TD3PlusBCConfig, **scalers), n_clusters=2, seed=0), rows)
+    sizes: list[int] = []
+    transformed = conversion._transformed
+
+    def counted(scaler: Any, values: torch.Tensor) -> Any:
+        sizes.append(len(values))
+        return transformed(scaler, values)
+
+    monkeypatch.setattr(conversion, "_transformed", counted)
+    before = [episode.observations.copy() for episode in rows.episodes]
+    assert_hosts_batch(Batches(rows, algo).sample(300), rows, drawn[0].indices, algo)
+    assert sum(sizes) == 5 * rows.transition_count
+    assert max(sizes) == min(block, rows.transition_count)
+    for episode, kept in zip(rows.episodes, before):
+        np.testing.assert_array_equal(episode.observations, kept)  # the columns are copies
