@@ -165,7 +165,7 @@ class Batches:
             "clusterer": self._algo.c4_clusterer,
             "device": self._algo._device,
             "storage": "device",
-            "growing": True,  # fit_online's default capacity of a million may be far more than will ever come
+            "growing": self._capacity is not None,  # of the million that fit_online asks for, few may ever come
             **given,
         }
 
