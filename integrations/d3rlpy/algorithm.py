@@ -160,13 +160,13 @@ class C4Algorithm(QLearningAlgoBase):
 
     def fitter(self, dataset: Any, *arguments: Any, **options: Any) -> Iterator[tuple[int, dict[str, float]]]:
         """d3rlpy's `fitter`, drawing its batches from a ClusteredReplayBuffer of the dataset."""
-        if dataset.transition_count == 0:
-            fail("dataset", "at least one transition", "an empty dataset")
         if isinstance(dataset, MixedReplayBuffer):
             self._c4_check_fresh("fit with a MixedReplayBuffer")
             self._c4_batches = MixedBatches(dataset, self)
         else:
             self._c4_batches = Batches(dataset, self, saved=self._c4_saved)
+        if dataset.transition_count == 0:
+            fail("dataset", "at least one transition", "an empty dataset")
         call = inspect.signature(super().fitter).bind(self._c4_view(dataset), *arguments, **options)
         evaluators = call.arguments.get("evaluators")
         if evaluators:
