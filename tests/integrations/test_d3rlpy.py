@@ -63,6 +63,7 @@ from d3rlpy.preprocessing import MinMaxActionScaler, MultiplyRewardScaler, Stand
 from c4buffer import ClusteredReplayBuffer, CovariancePenalty, Transitions, stacked_gradients
 
 SMALL = VectorEncoderFactory([16, 16])
+QUIET: dict[str, Any] = {"show_progress": False, "logger_adapter": NoopAdapterFactory()}
 CONTINUOUS = [
     TD3PlusBCConfig,
     IQLConfig,
@@ -116,6 +117,19 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Transitions]:
         return batches[-1]
 
     monkeypatch.setattr(ClusteredReplayBuffer, "sample", recording)
+    return batches
+
+
+def batches_given(algo: Any) -> list[Any]:
+    """Every batch that the algorithm's updates are given from now on."""
+    batches: list[Any] = []
+    update = type(algo.impl).inner_update
+
+    def keep(batch: Any, grad_step: int) -> Any:
+        batches.append(batch)
+        return update(algo.impl, batch, grad_step)
+
+    algo.impl.inner_update = keep
     return batches
 
 
@@ -210,7 +224,7 @@ def test_fit_equals_the_plain_algorithm_fed_the_rows_that_were_drawn(config: typ
     plain = built(scaled(), dataset)
     wrapped = built(C4Config(base=scaled(), n_clusters=1, penalty_weight=0, seed=3), dataset)
     d3rlpy.seed(1)
-    wrapped.fit(dataset, n_steps=20, n_steps_per_epoch=20, show_progress=False, logger_adapter=NoopAdapterFactory())
+    wrapped.fit(dataset, n_steps=20, n_steps_per_epoch=20, **QUIET)
     d3rlpy.seed(1)
     assert len(drawn) == 20
     for batch in drawn:
@@ -265,9 +279,7 @@ def test_the_penalty_is_applied_on_every_kth_update_only() -> None:
 def test_fit_clusters_draws_from_one_cluster_and_reports(drawn: list[Transitions]) -> None:
     dataset = dataset_of(episodes(20))
     algo = C4Config(base=small(TD3PlusBCConfig), n_clusters=2, refresh_interval=5, penalty_every=1, seed=0).create()
-    results = algo.fit(
-        dataset, n_steps=20, n_steps_per_epoch=10, show_progress=False, logger_adapter=NoopAdapterFactory()
-    )
+    results = algo.fit(dataset, n_steps=20, n_steps_per_epoch=10, **QUIET)
     assert {batch.cluster for batch in drawn} == {0, 1}
     metrics = results[-1][1]
     names = {name for name in metrics if name.startswith("c4_")}
@@ -300,8 +312,7 @@ def test_every_option_trains_every_algorithm(config: type, fields: dict[str, Any
         data_for(config, 10),
         n_steps=6,
         n_steps_per_epoch=6,
-        show_progress=False,
-        logger_adapter=NoopAdapterFactory(),
+        **QUIET,
     )
     metrics = results[0][1]
     assert all(np.isfinite(value) for value in metrics.values())
@@ -329,7 +340,7 @@ def test_wrap_of_an_unbuilt_algorithm_trains_like_the_config() -> None:
     dataset = dataset_of(episodes(10))
     d3rlpy.seed(0)
     one = wrap(small(TD3PlusBCConfig).create(), n_clusters=2, seed=0)
-    quiet = {"n_steps": 5, "n_steps_per_epoch": 5, "show_progress": False, "logger_adapter": NoopAdapterFactory()}
+    quiet = {"n_steps": 5, "n_steps_per_epoch": 5, **QUIET}
     one.fit(dataset, **quiet)
     d3rlpy.seed(0)
     other = C4Config(base=small(TD3PlusBCConfig), n_clusters=2, seed=0).create()
@@ -339,7 +350,7 @@ def test_wrap_of_an_unbuilt_algorithm_trains_like_the_config() -> None:
 
 def test_a_second_fit_draws_other_batches_and_the_first_is_reproducible(drawn: list[Transitions]) -> None:
     dataset = dataset_of(episodes(10))
-    quiet = {"n_steps": 4, "n_steps_per_epoch": 4, "show_progress": False, "logger_adapter": NoopAdapterFactory()}
+    quiet = {"n_steps": 4, "n_steps_per_epoch": 4, **QUIET}
     for _ in range(2):
         d3rlpy.seed(0)
         algo = C4Config(base=small(TD3PlusBCConfig), seed=5).create()
@@ -354,7 +365,7 @@ def test_a_second_fit_draws_other_batches_and_the_first_is_reproducible(drawn: l
 def test_what_is_saved_comes_back_with_the_same_predictions(config: type, tmp_path: Path) -> None:
     dataset = data_for(config)
     algo = C4Config(base=small(config), n_clusters=2, seed=0).create()
-    algo.fit(dataset, n_steps=3, n_steps_per_epoch=3, show_progress=False, logger_adapter=NoopAdapterFactory())
+    algo.fit(dataset, n_steps=3, n_steps_per_epoch=3, **QUIET)
     algo.save(str(tmp_path / "algo.d3"))
     loaded = d3rlpy.load_learnable(str(tmp_path / "algo.d3"))
     assert type(loaded) is type(algo)
@@ -377,9 +388,7 @@ def test_clusters_wait_until_the_critics_learn(config: type, drawn: list[Transit
     algo = built(C4Config(base=base, n_clusters=2, penalty_every=1, seed=0), dataset)
     before = next(algo.impl.q_function.parameters()).detach().clone()
     moved = []
-    for _ in algo.fitter(
-        dataset, n_steps=12, n_steps_per_epoch=1, show_progress=False, logger_adapter=NoopAdapterFactory()
-    ):
+    for _ in algo.fitter(dataset, n_steps=12, n_steps_per_epoch=1, **QUIET):
         moved.append(not torch.equal(before, next(algo.impl.q_function.parameters())))
     assert moved == [False] * 7 + [True] * 5
     assert [batch.cluster >= 0 for batch in drawn] == moved
@@ -387,9 +396,7 @@ def test_clusters_wait_until_the_critics_learn(config: type, drawn: list[Transit
 
 def test_bear_whose_actor_alone_warms_up_has_clusters_from_the_start(drawn: list[Transitions]) -> None:
     algo = C4Config(base=small(BEARConfig, warmup_steps=7), n_clusters=2, penalty_every=1, seed=0).create()
-    algo.fit(
-        data_for(BEARConfig), n_steps=9, n_steps_per_epoch=9, show_progress=False, logger_adapter=NoopAdapterFactory()
-    )
+    algo.fit(data_for(BEARConfig), n_steps=9, n_steps_per_epoch=9, **QUIET)
     assert all(batch.cluster >= 0 for batch in drawn)
 
 
@@ -407,9 +414,7 @@ def test_distributional_q_functions_are_clustered_by_their_mean(config: type, q_
     algo = C4Config(
         base=small(config, q_func_factory=q_function()), refresh_interval=3, penalty_every=1, n_clusters=2
     ).create()
-    results = algo.fit(
-        data_for(config), n_steps=6, n_steps_per_epoch=6, show_progress=False, logger_adapter=NoopAdapterFactory()
-    )
+    results = algo.fit(data_for(config), n_steps=6, n_steps_per_epoch=6, **QUIET)
     assert results[0][1]["c4_penalty"] > 0
 
 
@@ -417,7 +422,7 @@ def test_save_load_and_continue(tmp_path: Path) -> None:
     dataset = dataset_of(episodes(10))
     config = small(TD3PlusBCConfig, observation_scaler=StandardObservationScaler())
     algo = C4Config(base=config, n_clusters=2, penalty_weight=0.3, seed=0).create()
-    quiet = {"n_steps": 5, "n_steps_per_epoch": 5, "show_progress": False, "logger_adapter": NoopAdapterFactory()}
+    quiet = {"n_steps": 5, "n_steps_per_epoch": 5, **QUIET}
     algo.fit(dataset, **quiet)
     algo.save(str(tmp_path / "algo.d3"))
     loaded = d3rlpy.load_learnable(str(tmp_path / "algo.d3"))
@@ -518,7 +523,7 @@ def test_global_generators_move_as_without_c4() -> None:
     np.random.seed(5)
     numpy_state = np.random.get_state()[1].copy()
     torch_state = torch.get_rng_state().clone()
-    algo.fit(dataset, n_steps=5, n_steps_per_epoch=5, show_progress=False, logger_adapter=NoopAdapterFactory())
+    algo.fit(dataset, n_steps=5, n_steps_per_epoch=5, **QUIET)
     assert torch.equal(torch_state, torch.get_rng_state())
     np.testing.assert_array_equal(numpy_state, np.random.get_state()[1])
 
@@ -562,9 +567,7 @@ def test_clusterer_and_penalty_may_be_replaced() -> None:
     algo = built(C4Config(base=small(TD3PlusBCConfig), penalty_every=1), dataset)
     algo.c4_clusterer = lambda embeddings, previous: torch.eye(2)[torch.arange(len(embeddings)) % 2]
     algo.impl.c4_penalty = Quadratic()
-    results = algo.fit(
-        dataset, n_steps=2, n_steps_per_epoch=2, show_progress=False, logger_adapter=NoopAdapterFactory()
-    )
+    results = algo.fit(dataset, n_steps=2, n_steps_per_epoch=2, **QUIET)
     assert algo.c4_buffer.probabilities.tolist() == pytest.approx([0.5, 0.5], abs=0.01)
     assert results[0][1]["c4_penalty"] == pytest.approx(7.0)
 
@@ -572,9 +575,7 @@ def test_clusterer_and_penalty_may_be_replaced() -> None:
 def test_the_buffer_takes_more_options(drawn: list[Transitions]) -> None:
     algo = C4Config(base=small(TD3PlusBCConfig), n_clusters=2, seed=0).create()
     algo.c4_buffer_options = {"assignment": "hard"}
-    algo.fit(
-        dataset_of(episodes()), n_steps=3, n_steps_per_epoch=3, show_progress=False, logger_adapter=NoopAdapterFactory()
-    )
+    algo.fit(dataset_of(episodes()), n_steps=3, n_steps_per_epoch=3, **QUIET)
     assert set(algo.c4_buffer.responsibilities.unique().tolist()) == {0.0, 1.0}
     for batch in drawn:
         assert set(algo.c4_buffer.responsibilities[batch.indices].argmax(dim=1).tolist()) == {batch.cluster}
@@ -686,8 +687,7 @@ def test_online_batches_are_rows_of_what_the_environment_gave(
         n_steps_per_epoch=60,
         update_start_step=20,
         random_steps=15,
-        show_progress=False,
-        logger_adapter=NoopAdapterFactory(),
+        **QUIET,
         callback=keep,
     )
     assert len(drawn) == len(held) > 80
@@ -723,7 +723,7 @@ def row_key(rows: Transitions, i: int) -> tuple[Any, ...]:
 
 def test_online_training_without_a_buffer_makes_d3rlpys_own() -> None:
     algo = C4Config(base=small(SACConfig), n_clusters=2, seed=0).create()
-    quiet = {"n_steps_per_epoch": 30, "show_progress": False, "logger_adapter": NoopAdapterFactory()}
+    quiet = {"n_steps_per_epoch": 30, **QUIET}
     algo.fit_online(gymnasium.make("Pendulum-v1"), n_steps=30, **quiet)
     assert algo.c4_buffer.capacity == 30
     assert algo.grad_step > 5
@@ -736,6 +736,5 @@ def test_more_clusters_than_transitions_are_refused_by_fit() -> None:
             dataset_of(episodes()),
             n_steps=1,
             n_steps_per_epoch=1,
-            show_progress=False,
-            logger_adapter=NoopAdapterFactory(),
+            **QUIET,
         )

@@ -18,7 +18,7 @@ from c4buffer.integrations.d3rlpy import ACTIVEConfig, C4Config, critics_of, tra
 from c4buffer.integrations.d3rlpy.dataset import from_mini_batch
 from d3rlpy.algos import IQLConfig
 from d3rlpy.dataset import MixedReplayBuffer
-from d3rlpy.logging import FileAdapterFactory, NoopAdapterFactory
+from d3rlpy.logging import FileAdapterFactory
 from d3rlpy.models.encoders import VectorEncoderFactory
 from d3rlpy.preprocessing import MinMaxActionScaler, StandardObservationScaler
 from torch import nn
@@ -26,6 +26,7 @@ from torch import nn
 from c4buffer import CovariancePenalty, VEnsemble
 
 from .test_d3rlpy import (
+    QUIET,
     SMALL,
     assert_same_state,
     built,
@@ -40,7 +41,6 @@ from .test_d3rlpy import (
 from .test_d3rlpy_host import image_episodes, pixel_config
 
 __all__ = ["drawn"]  # a fixture
-QUIET: dict[str, Any] = {"show_progress": False, "logger_adapter": NoopAdapterFactory()}
 FIXED: dict[str, Any] = {"likelihood_target": -1.0}
 
 

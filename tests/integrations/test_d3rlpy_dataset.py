@@ -23,7 +23,6 @@ from d3rlpy.dataset import (
     InfiniteBuffer,
     ReplayBuffer,
 )
-from d3rlpy.logging import NoopAdapterFactory
 from d3rlpy.preprocessing import (
     MinMaxActionScaler,
     MultiplyRewardScaler,
@@ -34,11 +33,10 @@ from d3rlpy.torch_utility import TorchMiniBatch
 
 from c4buffer import Transitions, stacked_features, stacked_gradients
 
-from .test_d3rlpy import assert_same_state, built, dataset_of, drawn, episodes, mini_batch, small
+from .test_d3rlpy import QUIET, assert_same_state, batches_given, built, dataset_of, drawn, episodes, mini_batch, small
 from .test_d3rlpy_host import image_episodes, pixel_config
 
 __all__ = ["drawn"]  # a fixture
-QUIET: dict[str, Any] = {"show_progress": False, "logger_adapter": NoopAdapterFactory()}
 FIELDS = {
     "observations": "observation",
     "actions": "action",
@@ -152,14 +150,7 @@ def test_returns_to_go_are_those_of_the_rows_drawn(made: Any, drawn: list[Transi
     dataset = made()
     base = small(CalQLConfig, reward_scaler=MultiplyRewardScaler(0.5))
     algo = built(C4Config(base=base, n_clusters=2, seed=0), dataset)
-    seen: list[Any] = []
-    update = type(algo.impl).inner_update
-
-    def keep(batch: Any, grad_step: int) -> Any:
-        seen.append(batch)
-        return update(algo.impl, batch, grad_step)
-
-    algo.impl.inner_update = keep
+    seen = batches_given(algo)
     algo.fit(dataset, n_steps=3, n_steps_per_epoch=3, **QUIET)
     for batch, rows in zip(seen, drawn, strict=True):
         for i, row in enumerate(rows.indices.tolist()):

@@ -22,7 +22,6 @@ from d3rlpy.algos import (
     TD3Config,
     TD3PlusBCConfig,
 )
-from d3rlpy.logging import NoopAdapterFactory
 from d3rlpy.models.encoders import VectorEncoderFactory
 from d3rlpy.models.q_functions import IQNQFunctionFactory
 from d3rlpy.ope import FQEConfig
@@ -30,9 +29,7 @@ from d3rlpy.preprocessing import StandardObservationScaler
 
 from c4buffer import stacked_gradients
 
-from .test_d3rlpy import built, data_for, dataset_of, episodes, small
-
-QUIET: dict[str, Any] = {"show_progress": False, "logger_adapter": NoopAdapterFactory()}
+from .test_d3rlpy import QUIET, built, data_for, dataset_of, episodes, small
 
 
 @pytest.mark.parametrize("config", [BCQConfig, BEARConfig, CRRConfig, PLASConfig, TD3Config])

@@ -23,7 +23,6 @@ from d3rlpy.dataset import Episode, FrameStackTransitionPicker, MultiStepTransit
 from d3rlpy.logging import (
     CombineAdapterFactory,
     FileAdapterFactory,
-    NoopAdapterFactory,
     TensorboardAdapterFactory,
     WanDBAdapterFactory,
 )
@@ -42,6 +41,7 @@ from c4buffer import Transitions, stacked_gradients
 from .test_d3rlpy import (
     ALL,
     DISCRETE,
+    QUIET,
     assert_same_state,
     built,
     data_for,
@@ -53,7 +53,6 @@ from .test_d3rlpy import (
 )
 
 __all__ = ["drawn"]  # a fixture
-QUIET: dict[str, Any] = {"show_progress": False, "logger_adapter": NoopAdapterFactory()}
 PIXELS = PixelEncoderFactory(filters=[[4, 3, 2], [4, 3, 2]], feature_size=8)
 C4_METRICS = {
     "c4_penalty",

@@ -11,14 +11,12 @@ import torch
 from c4buffer.integrations.d3rlpy import C4Config
 from d3rlpy.algos import CalQLConfig, SACConfig, TD3PlusBCConfig
 from d3rlpy.dataset import MixedReplayBuffer, MultiStepTransitionPicker, create_fifo_replay_buffer
-from d3rlpy.logging import NoopAdapterFactory
 
 from c4buffer import Transitions
 
-from .test_d3rlpy import built, dataset_of, drawn, episodes, row_key, small, transitions_of_rows
+from .test_d3rlpy import QUIET, batches_given, built, dataset_of, drawn, episodes, row_key, small, transitions_of_rows
 
 __all__ = ["drawn"]  # a fixture
-QUIET: dict[str, Any] = {"show_progress": False, "logger_adapter": NoopAdapterFactory()}
 
 
 def pendulum_episodes() -> Any:
@@ -76,14 +74,7 @@ def test_returns_to_go_are_those_of_each_shares_episodes() -> None:
     primary, secondary = dataset_of(episodes(6)), dataset_of(episodes(6, seed=1))
     mixed = MixedReplayBuffer(primary, secondary, secondary_mix_ratio=0.5)
     algo = built(C4Config(base=small(CalQLConfig), n_clusters=2, seed=0), primary)
-    seen: list[Any] = []
-    update = type(algo.impl).inner_update
-
-    def keep(batch: Any, grad_step: int) -> Any:
-        seen.append(batch)
-        return update(algo.impl, batch, grad_step)
-
-    algo.impl.inner_update = keep
+    seen = batches_given(algo)
     algo.fit(mixed, n_steps=2, n_steps_per_epoch=2, **QUIET)
     table = {}
     for dataset in (primary, secondary):

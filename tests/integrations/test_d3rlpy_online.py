@@ -22,16 +22,14 @@ from d3rlpy.dataset import (
     create_fifo_replay_buffer,
     create_infinite_replay_buffer,
 )
-from d3rlpy.logging import NoopAdapterFactory
 from d3rlpy.preprocessing import ConstantShiftRewardScaler, MinMaxActionScaler, MinMaxObservationScaler
 from d3rlpy.torch_utility import TorchMiniBatch
 
 from c4buffer import Transitions, storage
 
-from .test_d3rlpy import assert_same_state, dataset_of, drawn, mini_batch, small
+from .test_d3rlpy import QUIET, assert_same_state, dataset_of, drawn, mini_batch, small
 
 __all__ = ["drawn"]  # a fixture
-QUIET: dict[str, Any] = {"show_progress": False, "logger_adapter": NoopAdapterFactory()}
 FIELDS = (
     *("observations", "actions", "rewards", "next_observations", "next_actions"),
     *("returns_to_go", "terminals", "intervals"),

@@ -13,7 +13,6 @@ import torch
 from c4buffer.integrations.d3rlpy import C4Config, wrap
 from d3rlpy.algos import DiscreteCQLConfig, DiscreteSACConfig, DQNConfig, SACConfig, TD3Config
 from d3rlpy.dataset import MixedReplayBuffer, ReplayBuffer, create_fifo_replay_buffer
-from d3rlpy.logging import NoopAdapterFactory
 from d3rlpy.models.encoders import VectorEncoderFactory
 from d3rlpy.models.q_functions import IQNQFunctionFactory, MeanQFunctionFactory, QRQFunctionFactory
 from d3rlpy.models.torch import DiscreteQFunction
@@ -23,10 +22,9 @@ from torch import Tensor, nn
 
 from c4buffer import Transitions
 
-from .test_d3rlpy import ALL, DISCRETE, built, data_for, dataset_of, drawn, episodes, mini_batch, small, state_of
+from .test_d3rlpy import ALL, DISCRETE, QUIET, built, data_for, dataset_of, drawn, episodes, mini_batch, small, state_of
 
 __all__ = ["drawn"]  # a fixture
-QUIET: dict[str, Any] = {"show_progress": False, "logger_adapter": NoopAdapterFactory()}
 WEIGHT, TRACE_WEIGHT, EVERY = 0.7, 0.5, 3
 ROWS = range(40, 72)  # of `data_for`, the end of a terminated episode among them
 ENCODERS = {
