@@ -195,7 +195,7 @@ def test_the_table_names_what_was_not_run(report: Any) -> None:
     ]
     lines = report.table(runs, ("plain", "sampler", "c4"))
     assert lines[2].startswith("| plain | 1 / 1 | 2 |")
-    assert lines[3].startswith("| c4 | 1 / 1 | not run | +0.0 (2 pairs) |")
+    assert lines[3].startswith("| c4 | 1 / 1 | not run | +0.0 / none | +0.0 (2 pairs) |")
     assert lines[3].endswith("| 0.50 | 1 of 2 |")
 
 
@@ -289,4 +289,4 @@ def test_base_algorithms_are_compared_as_arms_are(report: Any) -> None:
     assert report.probability_of_improvement(together, "active_i", "iql") == 0.75
     lines = report.table(together, ["iql", "active_i"], "iql")
     assert "difference to iql" in lines[0]
-    assert lines[3].startswith("| active_i | 15 / 40 | +12.5 (2 pairs)")
+    assert lines[3].startswith("| active_i | 15 / 40 | +12.5 | +12.5 (2 pairs)")
