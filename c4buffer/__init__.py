@@ -5,6 +5,7 @@ from .buffer import ClusteredReplayBuffer
 from .clustering import Clusterer, MixtureClusterer
 from .critics import Critics, stacked_features, stacked_gradients
 from .datasets.d4rl import load_d4rl
+from .diagnostics import Diagnosis, diagnose
 from .losses.covariance import (
     CovariancePenalty,
     covariance_penalty,
@@ -33,6 +34,7 @@ __all__ = [
     "Clusterer",
     "CovariancePenalty",
     "Critics",
+    "Diagnosis",
     "Every",
     "FaissClusterer",
     "GaussianMixture",
@@ -52,6 +54,7 @@ __all__ = [
     "covariance_penalty",
     "cross_covariance",
     "decompose_cross_covariance",
+    "diagnose",
     "estimate_log_likelihood_target",
     "expectile_value_loss",
     "load_d4rl",

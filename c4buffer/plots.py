@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from .diagnostics import Diagnosis
+
 # Okabe and Ito's colours, told apart by everybody.
 RUN_COLOURS = ("#6b7280", "#0072b2", "#d55e00", "#009e73", "#cc79a7")
 CLUSTER_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#f0e442", "#000000")
@@ -92,6 +94,53 @@ def cross_covariance_split(runs: Mapping[str, History]) -> Figure:
     axes[0].legend(loc="lower right")
     axes[-1].set(title=r"Correlation $\|C\|_F\,/\,\sqrt{tr\Sigma'\;tr\Sigma}$", ylim=(0, 1))
     axes[-1].legend(loc="best")
+    _label_updates(*axes)
+    return figure
+
+
+@_styled
+def diagnosis(updates: Sequence[float], diagnoses: Sequence[Diagnosis]) -> Figure:
+    """What `diagnose` found in the course of a run: Theorem 1, Theorem 2, Eq. 10 and Observation 1, a panel each.
+
+    Args:
+        updates: [T], when each diagnosis was made.
+        diagnoses: [T].
+    """
+    if len(updates) != len(diagnoses) or not diagnoses:
+        fail("diagnoses", f"as many as updates, {len(updates)}, and at least one", len(diagnoses))
+    figure, axes = _figure(4, width=18, height=3.9)
+    panels: list[dict[str, tuple[str, str]]] = [
+        {
+            "target_term": ("#0072b2", "A, of the target"),
+            "critic_term": ("#009e73", "B, of the critic"),
+            "cross_term": ("#d55e00", "C, cross term"),
+            "shift_variance": ("#111827", "A + B - C"),
+        },
+        {
+            "total": ("#111827", r"total $\|C\|_F$"),
+            "within": ("#e69f00", r"within $\|E[C_Z]\|_F$"),
+            "between": ("#0072b2", r"between $\|Cov(\mu'_Z, \mu_Z)\|_F$"),
+        },
+        {
+            "cluster_bound": ("#111827", r"$\sqrt{tr\Sigma'_z\;tr\Sigma_z}$"),
+            "cluster_norm": ("#0072b2", r"$\|C_z\|_2$"),
+            "cluster_cross": ("#d55e00", r"$|w'^T C_z w|$"),
+        },
+        {
+            "variance_cosine": ("#0072b2", r"with $\nabla Var[\delta]$"),
+            "mean_cosine": ("#d55e00", r"with $\nabla (E[\delta])^2$"),
+        },
+    ]
+    for panel, lines in zip(axes, panels):
+        for name, (colour, label) in lines.items():
+            panel.plot(
+                updates, [getattr(each, name) for each in diagnoses], color=colour, label=label, marker="o", ms=3
+            )
+        panel.legend(loc="best")
+    axes[0].set(title="Variance by a shift (Theorem 1)", yscale="symlog")
+    axes[1].set(title="Cross-covariance (Theorem 2)", yscale="log")
+    axes[2].set(title="Mean over clusters (Eq. 10)", yscale="log")
+    axes[3].set(title=r"Cosine of $\nabla E[\delta^2]$", ylim=(-1.05, 1.05))
     _label_updates(*axes)
     return figure
 

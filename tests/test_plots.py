@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import matplotlib as mpl
 import pytest
 import torch
 
-from c4buffer import plots
+from c4buffer import Diagnosis, plots
 
 RUN = {
     "updates": [1000, 2000],
@@ -52,6 +54,21 @@ def test_gradient_space_colours_rows_by_their_likeliest_cluster() -> None:
 def test_gradient_space_refuses_responsibilities_of_other_rows() -> None:
     with pytest.raises(ValueError, match=r"responsibilities: expected \[N, K\] with N = 5, got \[4, 2\]"):
         plots.gradient_space({"C4": torch.randn(5, 4)}, {"C4": torch.ones(4, 2)})
+
+
+def test_diagnosis_draws_what_each_theorem_names_over_the_updates() -> None:
+    names = [field.name for field in dataclasses.fields(Diagnosis)]
+    found = [Diagnosis(**{name: float(scale * i + 1) for i, name in enumerate(names)}) for scale in (1, 2)]
+    figure = plots.diagnosis([1000, 2000], found)
+    drawn = {tuple(line.get_ydata()) for panel in figure.axes for line in panel.lines}
+    missing = {name for name in names if (getattr(found[0], name), getattr(found[1], name)) not in drawn}
+    assert [len(panel.lines) for panel in figure.axes] == [4, 3, 3, 2]
+    assert missing == {
+        *("correlation", "gradient_norm", "target_gradient_norm", "td_mean", "td_variance"),
+        *("value_spread", "smallest_effective_size", "largest_effective_size"),
+    }
+    with pytest.raises(ValueError, match="diagnoses: expected as many as updates, 1, and at least one, got 2"):
+        plots.diagnosis([1000], found)
 
 
 def test_the_users_settings_are_left_alone() -> None:

@@ -1,0 +1,95 @@
+"""The papers' quantities in the course of a training: `diagnose` on TD3+BC, plain and with C4's default.
+
+    python benchmarks/diagnosis.py              # train, diagnose and draw: some ten minutes
+    python benchmarks/diagnosis.py --draw       # only draw, from benchmarks/results/diagnosis.json
+
+d3rlpy's TD3+BC on 10,000 transitions of hopper medium-expert, 40,000 updates, diagnosed every 2,000 over all the data:
+with the data's next actions, as C4 clusters, and with those of the policy, which the algorithm bootstraps from. Both
+arms are split by a mixture of three components, fitted anew each time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from c4buffer import Diagnosis, MixtureClusterer, diagnose, load_d4rl, plots, stacked_gradients
+
+ROOT = Path(__file__).parent
+DATA = ROOT.parent / "data" / "hopper-medium-expert-10k.hdf5"
+RESULTS = ROOT / "results" / "diagnosis.json"
+PICTURES = ROOT.parent / "docs" / "images"
+UPDATES, EVERY = 40_000, 2_000
+ARMS = ("plain", "c4")
+
+
+def train(arm: str, seed: int) -> dict[str, Any]:
+    """Two diagnoses at each point of one training: with the data's next actions and with the policy's."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        import d3rlpy
+    import structlog
+    from c4buffer.integrations.d3rlpy import C4Config, critics_of, transitions_of
+
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    data = load_d4rl(DATA)
+    names = ("observations", "actions", "rewards", "terminals", "timeouts")
+    dataset = d3rlpy.dataset.MDPDataset(**{name: getattr(data, name).numpy() for name in names})
+    d3rlpy.seed(seed)
+    scaler = d3rlpy.preprocessing.StandardObservationScaler()
+    config: Any = d3rlpy.algos.TD3PlusBCConfig(observation_scaler=scaler)
+    algo = (config if arm == "plain" else C4Config(base=config, seed=seed)).create("cpu")
+    found: dict[str, Any] = {"arm": arm, "updates": [], "dataset": [], "policy": [], "seconds": []}
+    options = {"show_progress": False, "logger_adapter": d3rlpy.logging.NoopAdapterFactory()}
+    for epoch, _ in algo.fitter(dataset, n_steps=UPDATES, n_steps_per_epoch=EVERY, **options):
+        transitions = transitions_of(dataset, algo)
+        critics = critics_of(algo)
+        r = MixtureClusterer(3)(stacked_gradients(critics, transitions))
+        found["updates"].append(epoch * EVERY)
+        began = time.process_time()
+        found["dataset"].append(dataclasses.asdict(diagnose(critics, transitions, responsibilities=r)))
+        found["seconds"].append(time.process_time() - began)
+        followed = critics_of(algo, next_action="policy")
+        found["policy"].append(dataclasses.asdict(diagnose(followed, transitions, responsibilities=r)))
+    return found
+
+
+def draw(found: list[dict[str, Any]]) -> None:
+    for run in found:
+        figure = plots.diagnosis(run["updates"], [Diagnosis(**each) for each in run["dataset"]])
+        figure.savefig(PICTURES / f"diagnosis_{run['arm']}.png")
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """At the end of training, a column an arm and choice of a'."""
+    columns = [(run["arm"], actions, run[actions][-1]) for run in found for actions in ("dataset", "policy")]
+    lines = ["| | " + " | ".join(f"{arm}, a' of the {actions}" for arm, actions, _ in columns) + " |"]
+    lines.append("| --- |" + " --- |" * len(columns))
+    for name in columns[0][2]:
+        lines.append(f"| `{name}` | " + " | ".join(f"{values[name]:.4g}" for _, _, values in columns) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draw", action="store_true", help="from the results that are there")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if not options.draw:
+        RESULTS.write_text(json.dumps([train(arm, options.seed) for arm in ARMS]) + "\n")
+    found = json.loads(RESULTS.read_text())
+    draw(found)
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
