@@ -6,7 +6,6 @@ import itertools
 import os
 import shutil
 import tempfile
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,15 +18,14 @@ from torch import Tensor
 from ._checks import check_choice, check_fraction, check_integer, fail
 from .buffer_state import KIND, OWN, loaded, outline_of, restore, state_of
 from .checkpoint import save
-from .clustering import Clusterer, MixtureClusterer, ranks_of_means
+from .clustering import Clusterer, MixtureClusterer
 from .critics import Critics
 from .embedding import EMBEDDINGS, Embedding, embed_rows
-from .losses.covariance import decompose_cross_covariance
 from .mixture import MixtureResult
-from .partition import check_responsibilities, check_rows
+from .partition import check_rows
 from .prefetch import drawn_ahead
 from .reduction import ReducedClusterer, Reduction
-from .refresh import RefreshPolicy, RefreshReport
+from .refresh import RefreshPolicy, RefreshReport, refreshed
 from .sampling import SingleClusterSampler
 from .storage import RingStorage
 from .trajectories import Neighbours, Trajectories
@@ -335,31 +333,14 @@ class ClusteredReplayBuffer:
             fail("refresh", "transitions to cluster", "an empty buffer")
         if len(self) < self._fewest_rows:
             fail("n_clusters", f"at most the {len(self)} transitions held", self._fewest_rows)
-        started = time.perf_counter()
-        embeddings, projected = embed_rows(
-            self._embedding, critics, len(self), self._rows, device=self.device, max_dim=self._options["max_dim"]
-        )
-        previous = self._sampler.responsibilities if self._sampler.clustered else None
-        responsibilities = self._clusterer(embeddings, previous)
-        check_responsibilities(responsibilities, len(self))
-        ranks = ranks_of_means(embeddings, responsibilities) if responsibilities.shape[1] > 1 else None
-        trajectories = None if self._trajectories is None else self._trajectories.of(len(self))
-        self._sampler.assign(responsibilities, distances=ranks, trajectories=trajectories)
-        norms = [float("nan")] * 3
-        if isinstance(self._embedding, str) and len(self) > 1 and not projected:
-            pair = embeddings.chunk(2, dim=1)
-            parts = decompose_cross_covariance(pair[0], pair[1], self._sampler.responsibilities.to(embeddings))
-            norms = [float(torch.linalg.matrix_norm(part)) for part in parts]
-        mixture = self.mixture
-        self._last_report = RefreshReport(
-            sizes=tuple(self.cluster_sizes.tolist()),
-            probabilities=tuple(self.probabilities.tolist()),
-            iterations=mixture.iterations if mixture else 0,
-            log_likelihood=mixture.log_likelihood if mixture else float("nan"),
-            seconds=time.perf_counter() - started,
-            total=norms[0],
-            within=norms[1],
-            between=norms[2],
+        self._last_report = refreshed(
+            self._sampler,
+            self._clusterer,
+            self._embedding,
+            critics,
+            self._rows,
+            device=self.device,
+            trajectories=None if self._trajectories is None else self._trajectories.of(len(self)),
         )
         self._next_refresh = self._batches + max(1000, len(self) // 10)
         return self._last_report
@@ -389,7 +370,7 @@ class ClusteredReplayBuffer:
             len(rows),
             lambda start, stop: self._gather(rows[start:stop]),
             device=self.device,
-            max_dim=self._options["max_dim"],
+            max_dim=self._clusterer.max_dim,
         )
         return self._clusterer.log_likelihood_of(embeddings)
 

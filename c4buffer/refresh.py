@@ -1,8 +1,10 @@
-"""When to cluster again, and what was found."""
+"""Clustering again: how, when, and what was found."""
 
 from __future__ import annotations
 
+import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,6 +12,14 @@ import torch
 from torch import Tensor
 
 from ._checks import check_integer, check_number
+from .clustering import ranks_of_means
+from .critics import Critics
+from .embedding import Embedding, embed_rows
+from .losses.covariance import decompose_cross_covariance
+from .partition import check_responsibilities
+from .reduction import ReducedClusterer
+from .sampling import SingleClusterSampler
+from .transitions import Transitions
 
 if TYPE_CHECKING:
     from .buffer import ClusteredReplayBuffer
@@ -39,6 +49,56 @@ class RefreshReport:
     total: float
     within: float
     between: float
+
+
+def refreshed(
+    sampler: SingleClusterSampler,
+    clusterer: ReducedClusterer,
+    embedding: Embedding,
+    critics: Critics,
+    read: Callable[[int, int], Transitions],
+    *,
+    device: torch.device,
+    trajectories: tuple[Tensor, Tensor] | None = None,
+) -> RefreshReport:
+    """Cluster all of a sampler's rows by the critics as they are; from then on it draws from these clusters.
+
+    When it fails, the sampler draws as before.
+
+    Args:
+        sampler: of N rows; it gives the clusterer the responsibilities that it has.
+        clusterer: what clusters the embeddings.
+        embedding: what is clustered: "gradients", "features" or a callable.
+        critics: the critic and its target.
+        read: `read(start, stop)` gives these rows; they are read once and not kept.
+        device: the critics'.
+        trajectories: of each row the number of its trajectory and its place there (see `SingleClusterSampler.assign`).
+
+    Raises:
+        ValueError: for critics that return a wrong shape or a value that is not finite.
+    """
+    started, rows = time.perf_counter(), sampler.size
+    embeddings, projected = embed_rows(embedding, critics, rows, read, device=device, max_dim=clusterer.max_dim)
+    responsibilities = clusterer(embeddings, sampler.responsibilities if sampler.clustered else None)
+    check_responsibilities(responsibilities, rows)
+    ranks = ranks_of_means(embeddings, responsibilities) if responsibilities.shape[1] > 1 else None
+    sampler.assign(responsibilities, distances=ranks, trajectories=trajectories)
+    norms = [float("nan")] * 3
+    if isinstance(embedding, str) and rows > 1 and not projected:
+        target, online = embeddings.chunk(2, dim=1)
+        parts = decompose_cross_covariance(target, online, sampler.responsibilities.to(embeddings))
+        norms = [float(torch.linalg.matrix_norm(part)) for part in parts]
+    mixture = clusterer.mixture
+    return RefreshReport(
+        sizes=tuple((rows * sampler.probabilities).tolist()),
+        probabilities=tuple(sampler.probabilities.tolist()),
+        iterations=mixture.iterations if mixture else 0,
+        log_likelihood=mixture.log_likelihood if mixture else float("nan"),
+        seconds=time.perf_counter() - started,
+        total=norms[0],
+        within=norms[1],
+        between=norms[2],
+    )
 
 
 class RefreshPolicy(Protocol):
