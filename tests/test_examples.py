@@ -94,6 +94,13 @@ def test_the_page_on_d3rlpy_runs_as_printed_but_for_its_length_and_its_gpu(tmp_p
     run("program.py", cwd=tmp_path)
 
 
+def test_the_page_on_torchrl_runs_as_printed_but_for_its_length(tmp_path: Path) -> None:
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "torchrl.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    (tmp_path / "program.py").write_text(program.replace("100_000", "5") + "assert batch['cluster'].min() >= 0\n")
+    run("program.py", cwd=tmp_path)
+
+
 def test_the_quickstart_prints_its_table_and_writes_its_pictures(tmp_path: Path) -> None:
     printed = run("examples/quickstart.py", "--updates", "47", "--out", str(tmp_path))
     for words in ("mean Q", "TD loss", "within clusters", "between clusters", "updates per second", "normalised score"):

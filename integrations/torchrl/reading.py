@@ -1,0 +1,115 @@
+"""The critics of TorchRL's losses."""
+
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.objectives import DistributionalDQNLoss, LossModule
+
+from c4buffer import Critics
+from c4buffer._checks import check_choice, fail
+from c4buffer.transitions import Observations
+
+from .rows import Key, discrete_or_not, name_of
+
+Q_NETWORKS = ("qvalue_network", "value_network")
+
+
+class _Q:
+    """A Q-network with parameters of its own: `(observations, actions) -> [n, B, 1]` or `observations -> [n, B, A]`."""
+
+    def __init__(self, network: Any, parameters: Any, output: Key, action: Key) -> None:
+        self.network, self.parameters, self.output, self.action = network, parameters, output, action
+
+    def __call__(self, observations: Observations, actions: Tensor | None = None) -> Tensor:
+        batch = _input_of(self.network, observations, self.action)
+        if actions is not None:
+            batch.set(self.action, actions)
+
+        def value(parameters: Any) -> Tensor:
+            with parameters.to_module(self.network, preserve_module_state=False):
+                found: Tensor = self.network(batch.clone(False)).get(self.output)
+            return found if actions is None else found.mean(dim=-1, keepdim=True)  # of quantiles
+
+        if not self.parameters.batch_size:  # no ensemble
+            return value(self.parameters)
+        values: Tensor = torch.vmap(value, randomness="same")(self.parameters)
+        return values
+
+
+class _Policy:
+    """The deterministic, or the most likely, action of a loss's actor, with the target's parameters."""
+
+    def __init__(self, loss: Any, action: Key) -> None:
+        self.network, self.parameters, self.action = loss.actor_network, loss.target_actor_network_params, action
+
+    def __call__(self, observations: Observations) -> Tensor:
+        batch = _input_of(self.network, observations, self.action)
+        with (
+            torch.no_grad(),
+            set_exploration_type(ExplorationType.DETERMINISTIC),
+            self.parameters.to_module(self.network, preserve_module_state=False),
+        ):
+            return discrete_or_not(self.network(batch).get(self.action))
+
+
+class _Greedy:
+    """The action of the largest value."""
+
+    def __init__(self, values: _Q) -> None:
+        self.values = values
+
+    def __call__(self, observations: Observations) -> Tensor:
+        with torch.no_grad():
+            return self.values(observations).argmax(dim=-1)
+
+
+def critics_of(loss: LossModule, *, next_action: str = "policy") -> Critics:
+    """The critic and the target critic of a loss, as they are whenever they are asked.
+
+    Of TD3, TD3+BC, SAC, REDQ, CrossQ, CQL, IQL, TQC (quantiles count by their mean) and DDPG losses: Q(s, a). Of DQN
+    and of discrete SAC, CQL and IQL: Q(s), gathered at the action. An observation of several keys is the dict that
+    `transitions_of` makes of them.
+
+    Args:
+        loss: with a Q-network.
+        next_action: a' of g': "policy" for the deterministic or likeliest action of the loss's target actor, or the
+            greedy action where there is no actor; "dataset" for the data's (see `transitions_of`).
+
+    Raises:
+        ValueError: for a loss without a Q-network, and for a distributional one.
+    """
+    check_choice("next_action", next_action, ("policy", "dataset"))
+    name = next((name for name in Q_NETWORKS if getattr(loss, f"{name}_params", None) is not None), None)
+    if not isinstance(loss, LossModule) or isinstance(loss, DistributionalDQNLoss) or name is None:
+        fail("loss", "one of TorchRL's losses with a Q-network, not a distributional one", type(loss).__name__)
+    network: Any = getattr(loss, name)
+    action = getattr(loss.tensor_keys, "action", "action")
+    output = next((key for key in ("action_value", "state_action_value") if key in _outputs(loss, network)), None)
+    if output is None:
+        fail("loss", "one of TorchRL's losses with a Q-network", f"{type(loss).__name__} with values of states alone")
+    key = getattr(loss.tensor_keys, output, output)
+    critic, target = (_Q(network, getattr(loss, f"{which}{name}_params"), key, action) for which in ("", "target_"))
+    if next_action == "dataset":
+        return Critics(critic, target)
+    if getattr(loss, "actor_network", None) is not None:
+        return Critics(critic, target, policy=_Policy(loss, action))
+    return Critics(critic, target, policy=_Greedy(critic if getattr(loss, "double_dqn", False) else target))
+
+
+def _outputs(loss: Any, network: Any) -> list[str]:
+    """Which of TorchRL's names for Q the network writes, under whatever keys."""
+    names = ("action_value", "state_action_value")
+    return [name for name in names if getattr(loss.tensor_keys, name, name) in network.out_keys]
+
+
+def _input_of(network: Any, observations: Observations, action: Key) -> TensorDictBase:
+    """The observations under the keys that the network reads them from."""
+    keys = [key for key in network.in_keys if key != action]
+    if isinstance(observations, Tensor):
+        return TensorDict({keys[0]: observations}, batch_size=[len(observations)])
+    held = dict(observations)  # type: ignore[arg-type]
+    rows = len(next(iter(held.values())))
+    return TensorDict({key: held[name_of(key)] for key in keys}, batch_size=[rows])

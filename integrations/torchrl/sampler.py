@@ -1,0 +1,320 @@
+"""A sampler for TorchRL's replay buffers: rows of one cluster each time."""
+
+import copy
+import dataclasses
+import math
+from abc import ABCMeta
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, Union, cast
+
+import torch
+from torch import Tensor
+from torchrl.data.replay_buffers.samplers import Sampler
+from torchrl.data.replay_buffers.storages import Storage
+
+from c4buffer import (
+    Clusterer,
+    Critics,
+    MixtureClusterer,
+    ReducedClusterer,
+    RefreshPolicy,
+    RefreshReport,
+    SingleClusterSampler,
+)
+from c4buffer._checks import check_choice, check_integer, fail
+from c4buffer.checkpoint import load, save
+from c4buffer.embedding import EMBEDDINGS, Embedding, embed_rows
+from c4buffer.refresh import refreshed
+
+from .rows import DEFAULT_KEYS, Keys, coordinates, stored
+
+KIND = "ClusterSampler"  # of a file
+FILE = "cluster_sampler.safetensors"
+
+
+class _KeepsReplacement(type(Sampler)):  # type: ignore[misc]
+    """TorchRL takes `replacement=False` for the name of another class; here it is an option."""
+
+    def __call__(cls, *arguments: Any, **options: Any) -> Any:
+        return ABCMeta.__call__(cls, *arguments, **options)
+
+
+class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
+    """Batches from one cluster each; every stored row stays equally likely over batches.
+
+    Until critics are attached, batches are uniform. The batch's cluster is in its info, and so under "cluster" in what
+    a TensorDictReplayBuffer samples; -1 before the first clustering.
+
+    Args:
+        n_clusters: K.
+        embedding: what is clustered: "gradients", "features" or a callable `(critics, transitions) -> [N, E]`.
+        refresh: when to cluster again: `Every(n)`, `OnDrift(threshold)` or any `(step, sampler) -> bool`. None:
+            max(1000, N // 10) batches after the last time, the first as soon as critics are attached.
+        clusterer: how. None: `MixtureClusterer(n_clusters, warm_start=False)`.
+        max_dim: embeddings of more columns are reduced to so many before they are clustered.
+        assignment: "soft" or "hard".
+        replacement: within a cluster.
+        keys: where the stored tensordicts have what.
+        seed: of the sampler's own generator. None: torch.initial_seed(). With the buffer's `set_rng`, that generator is
+            used in its place, if it is on the CPU.
+
+    .. code-block:: python
+
+        sampler = ClusterSampler(n_clusters=3)
+        buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(10_000), sampler=sampler, batch_size=256)
+        buffer.extend(data)
+        sampler.attach(critics_of(loss))
+        batch = buffer.sample()
+    """
+
+    def __init__(
+        self,
+        n_clusters: int = 3,
+        *,
+        embedding: Union[Literal["gradients", "features"], Embedding] = "gradients",
+        refresh: RefreshPolicy | None = None,
+        clusterer: Clusterer | None = None,
+        max_dim: int = 256,
+        assignment: Literal["soft", "hard"] = "soft",
+        replacement: bool = True,
+        keys: Keys = DEFAULT_KEYS,
+        seed: int | None = None,
+    ) -> None:
+        check_integer("n_clusters", n_clusters, minimum=1)
+        if not callable(embedding):
+            check_choice("embedding", embedding, tuple(EMBEDDINGS))
+        for name, value in (("refresh", refresh), ("clusterer", clusterer)):
+            if value is not None and not callable(value):
+                fail(name, "a callable or None", repr(value))
+        check_choice("assignment", assignment, ("soft", "hard"))
+        if seed is not None:
+            check_integer("seed", seed, minimum=0)
+        self._generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
+        clusterer = clusterer or MixtureClusterer(n_clusters, generator=self._generator, warm_start=False)
+        if not isinstance(clusterer, ReducedClusterer):
+            clusterer = ReducedClusterer(clusterer, max_dim=max_dim)
+        self.n_clusters = n_clusters
+        self.keys = keys
+        self._clusterer = clusterer
+        self._embedding = embedding
+        self._refresh_policy = refresh
+        self._critics: Critics | None = None
+        self._transform: Callable[[Any], Any] | None = None
+        self._storage: Storage | None = None
+        self._assignment: Literal["soft", "hard"] = assignment
+        self._replacement = replacement
+        self._rows = self._new_rows(self._generator)
+        self._last_report: RefreshReport | None = None
+        self._batches = 0
+        self._next_refresh = 0
+
+    def attach(self, critics: Critics, *, transform: Callable[[Any], Any] | None = None) -> None:
+        """From now on, `sample` clusters by these critics when the refresh policy says so.
+
+        Args:
+            critics: as `critics_of(loss)` gives them.
+            transform: what the buffer does to its batches before the critics see them, `buffer.transform`.
+        """
+        if not isinstance(critics, Critics):
+            fail("critics", "a Critics record", type(critics).__name__)
+        if transform is not None and not callable(transform):
+            fail("transform", "a callable or None", repr(transform))
+        self._critics, self._transform = critics, transform
+
+    def sample(self, storage: Storage, batch_size: int) -> tuple[Any, dict[str, Any]]:
+        """Row indices [batch_size] as the storage takes them, and {"cluster": int64 [batch_size]}."""
+        self._follow(storage)
+        if self._critics is not None and self._due():
+            self.refresh()
+        rows, cluster = self._rows.sample(batch_size)
+        self._batches += 1
+        index = coordinates(rows, storage)
+        first = index[0] if isinstance(index, tuple) else index
+        return index, {"cluster": torch.full_like(first, cluster)}
+
+    def refresh(self, critics: Critics | None = None) -> RefreshReport:
+        """Cluster all stored rows, by the critics given or by those attached; batches of a buffer must have begun.
+
+        Raises:
+            ValueError: without critics, before the first batch, and for critics of the wrong form.
+        """
+        critics = self._critics if critics is None else critics
+        if not isinstance(critics, Critics):
+            fail(
+                "critics", "a Critics record, given or attached", "None" if critics is None else type(critics).__name__
+            )
+        storage = self._followed()
+        self._follow(storage)
+        if self._rows.size < self.n_clusters:
+            fail("n_clusters", f"at most the {self._rows.size} rows held", self.n_clusters)
+        device = _device_of(critics)
+        self._last_report = refreshed(
+            self._rows,
+            self._clusterer,
+            self._embedding,
+            critics,
+            lambda start, stop: stored(storage, start, stop, self.keys, self._transform),
+            device=device,
+        )
+        self._next_refresh = self._batches + max(1000, self._rows.size // 10)
+        return self._last_report
+
+    def log_likelihood_of(self, rows: Tensor) -> float:
+        """Mean over rows [M], int64, of how likely the last mixture finds them by now, in nats; for `OnDrift`."""
+        if self._critics is None or not self._rows.clustered:
+            fail("log_likelihood_of", "attached critics and a refresh before it", "none")
+        storage = self._followed()
+
+        def read(start: int, stop: int) -> Any:
+            parts = [stored(storage, int(row), int(row) + 1, self.keys, self._transform) for row in rows[start:stop]]
+            return parts[0].concatenate(parts)
+
+        embeddings, _ = embed_rows(
+            self._embedding,
+            self._critics,
+            len(rows),
+            read,
+            device=_device_of(self._critics),
+            max_dim=self._clusterer.max_dim,
+        )
+        return self._clusterer.log_likelihood_of(embeddings)
+
+    def __len__(self) -> int:
+        return self._rows.size
+
+    @property
+    def clustered(self) -> bool:
+        """Whether there are clusters to draw from."""
+        return self._rows.clustered
+
+    @property
+    def responsibilities(self) -> Tensor:
+        """r, [N, K], as it stands: rows written since the last clustering have r_i = p."""
+        return self._rows.responsibilities
+
+    @property
+    def probabilities(self) -> Tensor:
+        """p_z = mean_i r_iz, [K], float64."""
+        return self._rows.probabilities
+
+    @property
+    def last_report(self) -> RefreshReport | None:
+        """The report of the last clustering."""
+        return self._last_report
+
+    def add(self, index: Any) -> None:
+        """TorchRL wrote one row, or one for each environment."""
+        self._written(index)
+
+    def extend(self, index: Any) -> None:
+        """TorchRL wrote rows: [M], or [M, axes] of a storage with several."""
+        self._written(index)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the batches to come depend on but the critics: clusters, generator, counters."""
+        report = self._last_report
+        state = {
+            "rows": self._rows.state(),
+            "clusterer": self._clusterer.state_dict(),
+            "batches": self._batches,
+            "next_refresh": self._next_refresh,
+            "report": None if report is None else dataclasses.asdict(report),
+        }
+        return copy.deepcopy(state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the sampler that gave it was, with a storage that holds what its storage held.
+
+        Raises:
+            ValueError: for a state of another form, or of other options; this sampler is unchanged then.
+        """
+        before = self._clusterer.state_dict()
+        try:
+            rows = self._new_rows(torch.Generator())
+            rows.restore(state_dict["rows"])
+            report = state_dict["report"]
+            last_report = None if report is None else RefreshReport(**report)
+            counters = int(state_dict["batches"]), int(state_dict["next_refresh"])
+            self._clusterer.load_state_dict(state_dict["clusterer"])
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+            self._clusterer.load_state_dict(before)
+            fail("state_dict", "what state_dict gave", f"{type(error).__name__}: {error}")
+        self._generator.set_state(rows.generator.get_state())
+        rows.generator = self._generator
+        self._rows, self._last_report = rows, last_report
+        self._batches, self._next_refresh = counters
+
+    def dumps(self, path: Any) -> None:
+        """Write the state into a folder, for the buffer's `dumps`; without pickle."""
+        Path(path).mkdir(parents=True, exist_ok=True)
+        save(Path(path) / FILE, KIND, self.state_dict())
+
+    def loads(self, path: Any) -> None:
+        """Take what `dumps` wrote.
+
+        Raises:
+            ValueError: for a file that is damaged or of another kind.
+        """
+        self.load_state_dict(load(Path(path) / FILE, KIND))
+
+    def __repr__(self) -> str:
+        return f"ClusterSampler(n_clusters={self.n_clusters}, rows={len(self)}, clustered={self.clustered})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_critics": None, "_transform": None, "_storage": None}
+
+    @property
+    def _rng(self) -> torch.Generator:
+        return self._generator
+
+    @_rng.setter
+    def _rng(self, generator: torch.Generator | None) -> None:
+        if generator is not None and generator.device.type == "cpu":
+            self._generator = self._rows.generator = generator
+
+    def _empty(self) -> None:
+        """Nothing is held any more."""
+        self._rows, self._last_report = self._new_rows(self._generator), None
+        self._batches = self._next_refresh = 0
+
+    def _new_rows(self, generator: torch.Generator) -> SingleClusterSampler:
+        return SingleClusterSampler(generator=generator, assignment=self._assignment, replacement=self._replacement)
+
+    def _due(self) -> bool:
+        if self._refresh_policy is not None:
+            return self._refresh_policy(self._batches, cast(Any, self))
+        lost = self._last_report is not None and not self._rows.clustered  # every row has been overwritten
+        return lost or self._batches >= self._next_refresh
+
+    def _follow(self, storage: Storage) -> None:
+        """Take in how many rows there are; another storage than before, or one that was emptied, is a new beginning."""
+        if (self._storage is not None and storage is not self._storage) or len(storage) < self._rows.size:
+            self._empty()
+        self._storage = storage
+        if len(storage) > self._rows.size:
+            self._rows.extend(len(storage) - self._rows.size)
+
+    def _followed(self) -> Storage:
+        if self._storage is None:
+            fail("storage", "a batch sampled by its buffer before", "none yet")
+        return self._storage
+
+    def _written(self, index: Any) -> None:
+        """Rows that were overwritten lose their cluster; those that came are counted with the next batch."""
+        if self._storage is None or not self._rows.size:
+            return
+        rows = torch.as_tensor(index).cpu()
+        if rows.ndim == 2:  # coordinates
+            shape = (1, *self._storage.shape[1:])
+            rows = sum(column * math.prod(shape[axis + 1 :]) for axis, column in enumerate(rows.unbind(1)))
+        rows = rows.reshape(-1)
+        overwritten = rows[rows < self._rows.size]
+        if len(overwritten):
+            self._rows.overwrite(overwritten)
+
+
+def _device_of(critics: Critics) -> torch.device:
+    """Where the networks are."""
+    parameters = (parameter for module in critics.modules for parameter in module.parameters())
+    return next((parameter.device for parameter in parameters), torch.device("cpu"))
