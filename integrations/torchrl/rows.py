@@ -1,5 +1,6 @@
 """TorchRL's tensordicts as Transitions: batches, and what a storage holds."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Union
@@ -127,26 +128,31 @@ def tensordict_of(transitions: Transitions, keys: Keys = DEFAULT_KEYS) -> Tensor
     return data
 
 
-def stored(storage: Storage, start: int, stop: int, keys: Keys, transform: Callable[[Any], Any] | None) -> Transitions:
-    """Rows start to stop of a storage, in the order of time, each a' that of the row that goes on where it ends.
+def stored(storage: Storage, rows: Tensor, keys: Keys, transform: Callable[[Any], Any] | None) -> Transitions:
+    """Rows [M] of a storage, each a' that of the row that starts where this one ends, where it goes on.
 
     A storage of several axes [T, E, ...] is read as [T * E * ...]: a row's successor is E * ... rows on.
     """
-    stride = stride_of(storage)
-    ahead = min(stop + stride, len(storage))
-    data: Any = storage.get(coordinates(torch.arange(start, ahead), storage))
-    data = torch.stack(data) if isinstance(data, list) else data  # a tensordict from here on
-    if transform is not None:
-        data = transform(data.clone(False))
-    rows = transitions_of(data, keys)
-    if bool((rows.has_next_actions == 0).any()):
-        rows = _linked(rows, stride)
-    return rows[: stop - start]
+    found = _read(storage, rows, keys, transform)
+    if bool(found.has_next_actions.all()):
+        return found
+    after = rows + (math.prod(storage.shape[1:]) if storage.ndim > 1 else 1)
+    within = after < len(storage)
+    ahead = _read(storage, torch.where(within, after, rows), keys, transform)
+    goes_on = within.to(found.rewards.device) & (found.terminals + found.timeouts == 0)
+    pairs = zip(observation_leaves(found.next_observations), observation_leaves(ahead.observations))
+    for end, start in pairs:
+        goes_on &= (end == start).flatten(start_dim=1).all(dim=1)
+    chosen = goes_on.reshape(-1, *[1] * (found.actions.ndim - 1))
+    linked = {"next_actions": torch.where(chosen, ahead.actions, found.actions)}
+    known = {"has_next_actions": goes_on.to(found.rewards)}
+    return Transitions.unchecked({**dict(found.columns()), **linked, **known})
 
 
-def stride_of(storage: Storage) -> int:
-    """Rows of a storage at one point in time."""
-    return int(torch.Size(storage.shape[1:]).numel()) if storage.ndim > 1 else 1
+def _read(storage: Storage, rows: Tensor, keys: Keys, transform: Callable[[Any], Any] | None) -> Transitions:
+    data: Any = storage.get(coordinates(rows, storage))
+    data = torch.stack(data) if isinstance(data, list) else data
+    return transitions_of(data if transform is None else transform(data.clone(False)), keys)
 
 
 def coordinates(rows: Tensor, storage: Storage) -> Any:
@@ -154,19 +160,6 @@ def coordinates(rows: Tensor, storage: Storage) -> Any:
     device = getattr(storage, "device", None)
     rows = rows if device is None or device == "auto" else rows.to(device)
     return rows if storage.ndim == 1 else torch.unravel_index(rows, storage.shape)
-
-
-def _linked(rows: Transitions, stride: int) -> Transitions:
-    """a' of the row `stride` on, where that starts with this one's s' and this one ends nothing."""
-    goes_on = (rows.terminals + rows.timeouts) == 0
-    goes_on[-stride:] = False
-    pairs = zip(observation_leaves(rows.next_observations), observation_leaves(rows.observations))
-    for after, now in pairs:
-        goes_on[:-stride] &= (after[:-stride] == now[stride:]).flatten(start_dim=1).all(dim=1)
-    here = torch.arange(len(rows), device=rows.actions.device)
-    linked = rows.actions[torch.where(goes_on, here + stride, here)]
-    columns = dict(rows.columns())
-    return Transitions.unchecked({**columns, "next_actions": linked, "has_next_actions": goes_on.to(rows.rewards)})
 
 
 def _observations(batch: TensorDictBase, keys: Keys, where: Callable[[Key], Key]) -> Observations:

@@ -148,14 +148,13 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
         self._follow(storage)
         if self._rows.size < self.n_clusters:
             fail("n_clusters", f"at most the {self._rows.size} rows held", self.n_clusters)
-        device = _device_of(critics)
         self._last_report = refreshed(
             self._rows,
             self._clusterer,
             self._embedding,
             critics,
-            lambda start, stop: stored(storage, start, stop, self.keys, self._transform),
-            device=device,
+            lambda start, stop: stored(storage, torch.arange(start, stop), self.keys, self._transform),
+            device=_device_of(critics),
         )
         self._next_refresh = self._batches + max(1000, self._rows.size // 10)
         return self._last_report
@@ -165,16 +164,11 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
         if self._critics is None or not self._rows.clustered:
             fail("log_likelihood_of", "attached critics and a refresh before it", "none")
         storage = self._followed()
-
-        def read(start: int, stop: int) -> Any:
-            parts = [stored(storage, int(row), int(row) + 1, self.keys, self._transform) for row in rows[start:stop]]
-            return parts[0].concatenate(parts)
-
         embeddings, _ = embed_rows(
             self._embedding,
             self._critics,
             len(rows),
-            read,
+            lambda start, stop: stored(storage, rows[start:stop], self.keys, self._transform),
             device=_device_of(self._critics),
             max_dim=self._clusterer.max_dim,
         )
