@@ -45,9 +45,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     q = torch.nn.Bilinear(OBSERVATION, ACTION, 1)
-    print(
-        f"{'rows':>9} {'batch':>6} {'random':>8} {'before':>8} {'clustered':>9}  us (before: ClusterSampler, no critics yet)"
-    )
+    print(f"{'rows':>9} {'batch':>6} {'random':>8} {'before':>8} {'clustered':>9}")
     for rows in SIZES:
         data = tensordict_of(c4buffer_transitions(data_of(rows)))
         sampler = ClusterSampler(
