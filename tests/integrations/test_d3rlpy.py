@@ -60,7 +60,7 @@ from d3rlpy.models.encoders import VectorEncoderFactory
 from d3rlpy.models.q_functions import IQNQFunctionFactory, QRQFunctionFactory
 from d3rlpy.preprocessing import MinMaxActionScaler, MultiplyRewardScaler, StandardObservationScaler
 
-from c4buffer import ClusteredReplayBuffer, CovariancePenalty, Transitions, stacked_gradients
+from c4buffer import ClusteredReplayBuffer, CovariancePenalty, Transitions, diagnose, stacked_gradients
 
 SMALL = VectorEncoderFactory([16, 16])
 QUIET: dict[str, Any] = {"show_progress": False, "logger_adapter": NoopAdapterFactory()}
@@ -554,6 +554,17 @@ def test_measure_is_the_hosts_own_value_and_loss_and_theorem_2_on_all_the_data()
     bound = np.sqrt(target_g.numpy().var(axis=0).sum() * g.numpy().var(axis=0).sum())
     assert measured["correlation"] == pytest.approx(np.linalg.norm(c) / bound, rel=1e-5)
     assert measured["gradient_norm"] == pytest.approx(np.sqrt((g.numpy() ** 2).sum(axis=1).mean()), rel=1e-5)
+
+
+def test_diagnose_reads_a_wrapped_algorithm_and_its_buffer() -> None:
+    dataset = dataset_of(episodes())
+    algo = built(C4Config(base=small(TD3Config), n_clusters=2, seed=0), dataset)
+    algo.fit(dataset, n_steps=5, n_steps_per_epoch=5, **QUIET)
+    found, measured = diagnose(critics_of(algo), algo.c4_buffer), measure(algo, transitions_of(dataset, algo))
+    for name in ("total", "correlation", "gradient_norm", "target_gradient_norm"):  # whatever the clusters
+        assert getattr(found, name) == pytest.approx(measured[name], rel=1e-5), name
+    assert found.variance_cosine**2 <= 1
+    assert found.largest_effective_size < len(algo.c4_buffer)  # the buffer's two clusters
 
 
 def test_clusterer_and_penalty_may_be_replaced() -> None:

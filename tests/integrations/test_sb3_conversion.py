@@ -14,6 +14,7 @@ from c4buffer.integrations import d3rlpy as ours_d3rlpy
 from c4buffer.integrations.sb3 import (
     C4Callback,
     attached,
+    critics_of,
     fill_replay_buffer,
     load_replay_buffer,
     save_replay_buffer,
@@ -25,7 +26,7 @@ from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from c4buffer import Transitions
+from c4buffer import Transitions, diagnose, stacked_gradients
 from c4buffer.transitions import observation_leaves
 
 from .test_sb3 import Goal, Toy, assert_equal, clustered, model_of
@@ -44,6 +45,18 @@ def test_what_is_filled_in_comes_out(discrete: bool) -> None:
     model = offline_model(DQN if discrete else SAC)
     fill_replay_buffer(model, transitions)
     assert_same(transitions_of(model), transitions, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_diagnose_reads_a_model(discrete: bool) -> None:
+    model = offline_model(DQN if discrete else SAC)
+    fill_replay_buffer(model, data(discrete=discrete))
+    transitions = transitions_of(model)
+    found = diagnose(critics_of(model), transitions)
+    target_g, g = stacked_gradients(critics_of(model), transitions).double().chunk(2, dim=1)
+    c = (target_g - target_g.mean(dim=0)).T @ (g - g.mean(dim=0)) / len(g)
+    assert found.total == pytest.approx(float(c.norm()), rel=1e-6)
+    assert found.variance_cosine**2 <= 1
 
 
 def test_rows_of_environments_come_one_environment_after_the_other() -> None:
