@@ -189,6 +189,20 @@ def test_quantities_are_medians_and_values_are_ranked_against_scores(report: Any
     assert lines[2].endswith("| 0 (1) | 15 (2) |")
 
 
+def test_the_chance_in_an_evaluation_is_that_of_neighbours_in_the_second_half(report: Any) -> None:
+    rng = np.random.default_rng(0)
+    noisy = [{"scores": [0.0] * 400 + list(50 + np.linspace(0, 10, 400) + 7 * rng.standard_normal(400))}] * 2
+    assert report.evaluation_noise(noisy) == pytest.approx(7, rel=0.1)
+    runs = [
+        {"dataset": "hopper", "arm": "plain", "seed": seed, "scores": [0.0, 10.0, 20.0, 30.0 + 10 * seed]}
+        for seed in (1, 0)
+    ]
+    assert report.table_of_evaluations(runs, ["plain", "c4"])[2:] == [
+        "| plain | 25 / 30 | 15 / 18 |",
+        "| c4 | not run | not run |",
+    ]
+
+
 def test_the_table_names_what_was_not_run(report: Any) -> None:
     runs = [record("a", arm, seed, 1.0) for arm in ("plain", "c4") for seed in range(2)] + [
         record("b", "plain", 0, 2.0)

@@ -154,6 +154,30 @@ def table_of_quantities(records: list[dict[str, Any]], arms: Sequence[str]) -> l
     return lines
 
 
+def table_of_evaluations(records: list[dict[str, Any]], arms: Sequence[str]) -> list[str]:
+    """Markdown rows: each run's mean over the second half of its evaluations, and over all of them."""
+    datasets = sorted({record["dataset"] for record in records})
+    columns = [f"{dataset}, {which}" for dataset in datasets for which in ("second half", "all")]
+    lines = ["| arm | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
+    for arm in arms:
+        cells = []
+        for dataset in datasets:
+            runs = [record for record in records if (record["dataset"], record["arm"]) == (dataset, arm)]
+            runs.sort(key=lambda record: record["seed"])
+            for halves in (1, 2):
+                parts = [run["scores"][-(halves * len(run["scores"]) // 2) :] for run in runs]
+                cells.append(" / ".join(f"{np.mean(part):.0f}" for part in parts) or "not run")
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def evaluation_noise(records: list[dict[str, Any]]) -> float:
+    """Standard deviation of one evaluation of a run about its neighbours, in the second half, pooled over runs."""
+    # Var(x_t+1 - x_t) = 2 sigma^2 where evaluations differ by chance alone
+    steps = [np.diff(record["scores"][len(record["scores"]) // 2 :]) for record in records]
+    return float(np.sqrt(np.square(np.concatenate(steps)).mean() / 2))
+
+
 def table_of_values_and_scores(records: list[dict[str, Any]]) -> list[str]:
     """Markdown rows: whether runs whose Q stays low score better, over all arms and seeds of a dataset."""
     lines = [
@@ -264,6 +288,20 @@ def main() -> None:
         "is the mean of its last five evaluations, seeds side by side. Made by `report.py` from the results file.",
         "",
         *table(records, arms, baseline),
+        "",
+        "## How much of a score is chance",
+        "",
+        "From one evaluation of a run to the next its score changes by far more than ten episodes' chance. The standard "
+        "deviation of one evaluation, from the differences of neighbours in the second half of the runs, and that of the "
+        "mean of five, which is a run's score: "
+        + "; ".join(
+            f"{dataset} {noise:.0f} and {noise / np.sqrt(5):.0f}"
+            for dataset in sorted({record["dataset"] for record in records})
+            for noise in [evaluation_noise([record for record in records if record["dataset"] == dataset])]
+        )
+        + ". Means over more evaluations, seeds side by side:",
+        "",
+        *table_of_evaluations(records, arms),
         "",
         "## Value, loss and cross-covariance",
         "",
