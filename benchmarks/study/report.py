@@ -291,9 +291,8 @@ def main() -> None:
         "",
         "## How much of a score is chance",
         "",
-        "From one evaluation of a run to the next its score changes by far more than ten episodes' chance. The standard "
-        "deviation of one evaluation, from the differences of neighbours in the second half of the runs, and that of the "
-        "mean of five, which is a run's score: "
+        "The standard deviation of one evaluation about its neighbours, in the second half of the runs, and that of the "
+        "mean of five such, which is a run's score: "
         + "; ".join(
             f"{dataset} {noise:.0f} and {noise / np.sqrt(5):.0f}"
             for dataset in sorted({record["dataset"] for record in records})
