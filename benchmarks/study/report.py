@@ -291,7 +291,7 @@ def main() -> None:
         "",
         "## How much of a score is chance",
         "",
-        "The standard deviation of one evaluation about its neighbours, in the second half of the runs, and that of the "
+        "Standard deviation of one evaluation about its neighbours, in the second half of the runs, and that of the "
         "mean of five such, which is a run's score: "
         + "; ".join(
             f"{dataset} {noise:.0f} and {noise / np.sqrt(5):.0f}"
