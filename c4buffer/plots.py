@@ -33,6 +33,8 @@ STYLE: dict[Any, Any] = {
     "figure.constrained_layout.use": True,
 }
 
+TINIEST = 1e-30  # of an axis
+
 History = Mapping[str, Sequence[float]]
 P = ParamSpec("P")
 
@@ -137,7 +139,9 @@ def diagnosis(updates: Sequence[float], diagnoses: Sequence[Diagnosis]) -> Figur
                 updates, [getattr(each, name) for each in diagnoses], color=colour, label=label, marker="o", ms=3
             )
         panel.legend(loc="best")
-    axes[0].set(title="Variance by a shift (Theorem 1)", yscale="symlog")
+    largest = max(abs(getattr(each, name)) for each in diagnoses for name in panels[0])
+    axes[0].set(title="Variance by a shift (Theorem 1)")
+    axes[0].set_yscale("symlog", linthresh=max(largest, TINIEST) / 1000)  # the cross term may be negative
     axes[1].set(title="Cross-covariance (Theorem 2)", yscale="log")
     axes[2].set(title="Mean over clusters (Eq. 10)", yscale="log")
     axes[3].set(title=r"Cosine of $\nabla E[\delta^2]$", ylim=(-1.05, 1.05))
