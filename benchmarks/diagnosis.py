@@ -11,21 +11,18 @@ arms are split by a mixture of three components, fitted anew each time.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import io
 import json
-import logging
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from staleness import prepared
 
-from c4buffer import Diagnosis, MixtureClusterer, diagnose, load_d4rl, plots, stacked_gradients
+from c4buffer import Diagnosis, MixtureClusterer, diagnose, plots, stacked_gradients
 
 ROOT = Path(__file__).parent
-DATA = ROOT.parent / "data" / "hopper-medium-expert-10k.hdf5"
 RESULTS = ROOT / "results" / "diagnosis.json"
 PICTURES = ROOT.parent / "docs" / "images"
 UPDATES, EVERY = 40_000, 2_000
@@ -34,21 +31,10 @@ ARMS = ("plain", "c4")
 
 def train(arm: str, seed: int) -> dict[str, Any]:
     """Two diagnoses at each point of one training: with the data's next actions and with the policy's."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        import d3rlpy
-    import structlog
-    from c4buffer.integrations.d3rlpy import C4Config, critics_of, transitions_of
+    from c4buffer.integrations.d3rlpy import critics_of, transitions_of
 
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
-    data = load_d4rl(DATA)
-    names = ("observations", "actions", "rewards", "terminals", "timeouts")
-    dataset = d3rlpy.dataset.MDPDataset(**{name: getattr(data, name).numpy() for name in names})
-    d3rlpy.seed(seed)
-    scaler = d3rlpy.preprocessing.StandardObservationScaler()
-    config: Any = d3rlpy.algos.TD3PlusBCConfig(observation_scaler=scaler)
-    algo = (config if arm == "plain" else C4Config(base=config, seed=seed)).create("cpu")
+    dataset, algo, options = prepared(arm, seed)
     found: dict[str, Any] = {"arm": arm, "updates": [], "dataset": [], "policy": [], "seconds": []}
-    options = {"show_progress": False, "logger_adapter": d3rlpy.logging.NoopAdapterFactory()}
     for epoch, _ in algo.fitter(dataset, n_steps=UPDATES, n_steps_per_epoch=EVERY, **options):
         transitions = transitions_of(dataset, algo)
         critics = critics_of(algo)

@@ -41,12 +41,12 @@ CLUSTERS = (2, 3, 5, 8)
 ARMS = ("plain", "C4")
 
 
-def snapshots(arm: str, seed: int) -> tuple[dict[int, Tensor], float, float]:
-    """Stacked gradients [N, 2D] by update, seconds of taking them once, and seconds of an update."""
+def prepared(arm: str, seed: int) -> tuple[Any, Any, dict[str, Any]]:
+    """The dataset, TD3+BC of an arm, and the options of a quiet fit."""
     with contextlib.redirect_stderr(io.StringIO()):
         import d3rlpy
     import structlog
-    from c4buffer.integrations.d3rlpy import C4Config, critics_of, transitions_of
+    from c4buffer.integrations.d3rlpy import C4Config
 
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     data = load_d4rl(DATA)
@@ -56,10 +56,17 @@ def snapshots(arm: str, seed: int) -> tuple[dict[int, Tensor], float, float]:
     scaler = d3rlpy.preprocessing.StandardObservationScaler()
     config: Any = d3rlpy.algos.TD3PlusBCConfig(observation_scaler=scaler)
     algo = (config if arm == "plain" else C4Config(base=config, seed=seed)).create("cpu")
+    return dataset, algo, {"show_progress": False, "logger_adapter": d3rlpy.logging.NoopAdapterFactory()}
+
+
+def snapshots(arm: str, seed: int) -> tuple[dict[int, Tensor], float, float]:
+    """Stacked gradients [N, 2D] by update, seconds of taking them once, and seconds of an update."""
+    from c4buffer.integrations.d3rlpy import critics_of, transitions_of
+
+    dataset, algo, options = prepared(arm, seed)
     wanted = {point + lag for point in POINTS for lag in LAGS}
     taken: dict[int, Tensor] = {}
     reading, training, began = [], 0.0, time.process_time()
-    options = {"show_progress": False, "logger_adapter": d3rlpy.logging.NoopAdapterFactory()}
     for epoch, _ in algo.fitter(dataset, n_steps=max(wanted), n_steps_per_epoch=50, **options):
         training += time.process_time() - began
         if 50 * epoch in wanted:

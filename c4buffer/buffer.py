@@ -18,13 +18,13 @@ from torch import Tensor
 from ._checks import check_choice, check_fraction, check_integer, fail
 from .buffer_state import KIND, OWN, loaded, outline_of, restore, state_of
 from .checkpoint import save
-from .clustering import Clusterer, MixtureClusterer
+from .clustering import Clusterer
 from .critics import Critics
 from .embedding import EMBEDDINGS, Embedding, embed_rows
 from .mixture import MixtureResult
 from .partition import check_rows
 from .prefetch import drawn_ahead
-from .reduction import ReducedClusterer, Reduction
+from .reduction import Reduction, reduced
 from .refresh import RefreshPolicy, RefreshReport, refreshed
 from .sampling import SingleClusterSampler
 from .storage import RingStorage
@@ -109,9 +109,8 @@ class ClusteredReplayBuffer:
             check_integer("n_clusters", n_clusters, minimum=1)
         if not callable(embedding):
             check_choice("embedding", embedding, tuple(EMBEDDINGS))
-        for name, value in (("refresh", refresh), ("clusterer", clusterer)):
-            if value is not None and not callable(value):
-                fail(name, "a callable or None", repr(value))
+        if refresh is not None and not callable(refresh):
+            fail("refresh", "a callable or None", repr(refresh))
         check_choice("assignment", assignment, ("soft", "hard"))
         if trajectory_tail and not replacement:
             fail("trajectory_tail", "replacement=True, as a transition can be in several clusters", "replacement=False")
@@ -132,11 +131,9 @@ class ClusteredReplayBuffer:
         self.device = torch.device(device)
         self._generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
         self._fewest_rows = n_clusters if clusterer is None and isinstance(n_clusters, int) else 1
-        own_clusterer = clusterer is not None
-        clusterer = clusterer or MixtureClusterer(n_clusters, generator=self._generator, warm_start=False)
-        if not isinstance(clusterer, ReducedClusterer):  # nothing is reduced twice
-            clusterer = ReducedClusterer(clusterer, max_dim=max_dim, reduction=reduction)
-        self._clusterer = clusterer
+        self._clusterer = reduced(
+            clusterer, n_clusters, generator=self._generator, max_dim=max_dim, reduction=reduction
+        )
         self._embedding = embedding
         self._refresh_policy = refresh
         self._folder = folder
@@ -159,7 +156,7 @@ class ClusteredReplayBuffer:
             "n_clusters": n_clusters,
             "embedding": embedding if isinstance(embedding, str) else OWN,
             "refresh": outline_of(refresh),
-            "clusterer": OWN if own_clusterer else None,
+            "clusterer": None if clusterer is None else OWN,
             "max_dim": max_dim,
             "reduction": reduction,
             "assignment": assignment,

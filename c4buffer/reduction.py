@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_choice, check_finite, check_integer, fail
-from .clustering import Clusterer
+from .clustering import Clusterer, MixtureClusterer
 from .collective import from_first, total
 from .scaling import CHUNK_ROWS, column_scaling
 
@@ -97,6 +97,27 @@ class ReducedClusterer:
             vectors = torch.linalg.eigh(total(scatter, group))[1]  # of rising eigenvalues
             directions = from_first(vectors[:, -self.max_dim :], group)
         return mean.to(embeddings), scale.to(embeddings), directions.to(embeddings)
+
+
+def reduced(
+    clusterer: Clusterer | None,
+    n_clusters: int | Literal["auto"],
+    *,
+    generator: torch.Generator,
+    max_dim: int = 256,
+    reduction: Reduction = "projection",
+) -> ReducedClusterer:
+    """What a buffer clusters by: the clusterer given, or a mixture that starts anew each time; nothing reduced twice.
+
+    Raises:
+        ValueError: for a clusterer that is neither None nor a callable.
+    """
+    if clusterer is not None and not callable(clusterer):
+        fail("clusterer", "a callable or None", repr(clusterer))
+    if isinstance(clusterer, ReducedClusterer):
+        return clusterer
+    chosen = clusterer or MixtureClusterer(n_clusters, generator=generator, warm_start=False)
+    return ReducedClusterer(chosen, max_dim=max_dim, reduction=reduction)
 
 
 def _reduced(embeddings: Tensor, mean: Tensor, scale: Tensor, directions: Tensor) -> Tensor:

@@ -13,15 +13,10 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from c4buffer import (
-    Critics,
-    MixtureClusterer,
-    ReducedClusterer,
-    SingleClusterSampler,
-    decompose_cross_covariance,
-)
+from c4buffer import Critics, ReducedClusterer, SingleClusterSampler, decompose_cross_covariance
 from c4buffer._checks import check_choice, check_integer, fail
 from c4buffer.embedding import embed_rows
+from c4buffer.reduction import reduced
 
 from .reading import transitions_of_samples
 
@@ -109,8 +104,7 @@ class _Clustered(ReplayBuffer):
             generator=self._generator, assignment=self.assignment, replacement=self.replacement
         )
         self._sampler.extend(self._stored_rows())
-        mixture = MixtureClusterer(self.n_clusters, generator=self._generator, warm_start=False)
-        self._clusterer = ReducedClusterer(mixture)
+        self._clusterer = reduced(None, self.n_clusters, generator=self._generator)
         self._since_refresh = 0
 
     def unbind(self) -> None:

@@ -13,18 +13,11 @@ from torch import Tensor
 from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.data.replay_buffers.storages import Storage
 
-from c4buffer import (
-    Clusterer,
-    Critics,
-    MixtureClusterer,
-    ReducedClusterer,
-    RefreshPolicy,
-    RefreshReport,
-    SingleClusterSampler,
-)
+from c4buffer import Clusterer, Critics, RefreshPolicy, RefreshReport, SingleClusterSampler
 from c4buffer._checks import check_choice, check_integer, fail
 from c4buffer.checkpoint import load, save
 from c4buffer.embedding import EMBEDDINGS, Embedding, embed_rows
+from c4buffer.reduction import reduced
 from c4buffer.refresh import refreshed
 
 from .rows import DEFAULT_KEYS, Keys, coordinates, stored
@@ -84,19 +77,15 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
         check_integer("n_clusters", n_clusters, minimum=1)
         if not callable(embedding):
             check_choice("embedding", embedding, tuple(EMBEDDINGS))
-        for name, value in (("refresh", refresh), ("clusterer", clusterer)):
-            if value is not None and not callable(value):
-                fail(name, "a callable or None", repr(value))
+        if refresh is not None and not callable(refresh):
+            fail("refresh", "a callable or None", repr(refresh))
         check_choice("assignment", assignment, ("soft", "hard"))
         if seed is not None:
             check_integer("seed", seed, minimum=0)
         self._generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
-        clusterer = clusterer or MixtureClusterer(n_clusters, generator=self._generator, warm_start=False)
-        if not isinstance(clusterer, ReducedClusterer):
-            clusterer = ReducedClusterer(clusterer, max_dim=max_dim)
         self.n_clusters = n_clusters
         self.keys = keys
-        self._clusterer = clusterer
+        self._clusterer = reduced(clusterer, n_clusters, generator=self._generator, max_dim=max_dim)
         self._embedding = embedding
         self._refresh_policy = refresh
         self._critics: Critics | None = None
