@@ -10,15 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from c4buffer.integrations.torchrl import ClusterSampler, Keys, critics_of, tensordict_of, transitions_of
+from tensordict import TensorDict
+from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import Tensor, nn
-
-torchrl = pytest.importorskip("torchrl")
-
-from c4buffer.integrations.torchrl import ClusterSampler, Keys, critics_of, tensordict_of, transitions_of  # noqa: E402
-from tensordict import TensorDict  # noqa: E402
-from tensordict.nn import NormalParamExtractor, TensorDictModule  # noqa: E402
-from torchrl import objectives  # noqa: E402
-from torchrl.data import (  # noqa: E402
+from torchrl import objectives
+from torchrl.data import (
     Bounded,
     LazyMemmapStorage,
     LazyTensorStorage,
@@ -27,7 +24,7 @@ from torchrl.data import (  # noqa: E402
     ReplayBuffer,
     TensorDictReplayBuffer,
 )
-from torchrl.modules import (  # noqa: E402
+from torchrl.modules import (
     Actor,
     DistributionalQValueActor,
     OneHotCategorical,
@@ -37,7 +34,7 @@ from torchrl.modules import (  # noqa: E402
     ValueOperator,
 )
 
-from c4buffer import (  # noqa: E402
+from c4buffer import (
     CovariancePenalty,
     Critics,
     Every,
@@ -47,7 +44,7 @@ from c4buffer import (  # noqa: E402
     stacked_gradients,
 )
 
-# of TorchRL: these tests have no need of one
+# a warning of TorchRL's losses: nothing is trained here, so that no target needs updates
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater")
 
 BOUNDS = Bounded(-1, 1, shape=(2,))
