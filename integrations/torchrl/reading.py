@@ -87,22 +87,16 @@ def critics_of(loss: LossModule, *, next_action: str = "policy") -> Critics:
         fail("loss", "one of TorchRL's losses with a Q-network, not a distributional one", type(loss).__name__)
     network: Any = getattr(loss, name)
     action = getattr(loss.tensor_keys, "action", "action")
-    output = next((key for key in ("action_value", "state_action_value") if key in _outputs(loss, network)), None)
+    keys = (getattr(loss.tensor_keys, value, value) for value in ("action_value", "state_action_value"))
+    output = next((key for key in keys if key in network.out_keys), None)
     if output is None:
         fail("loss", "one of TorchRL's losses with a Q-network", f"{type(loss).__name__} with values of states alone")
-    key = getattr(loss.tensor_keys, output, output)
-    critic, target = (_Q(network, getattr(loss, f"{which}{name}_params"), key, action) for which in ("", "target_"))
+    critic, target = (_Q(network, getattr(loss, f"{which}{name}_params"), output, action) for which in ("", "target_"))
     if next_action == "dataset":
         return Critics(critic, target)
     if getattr(loss, "actor_network", None) is not None:
         return Critics(critic, target, policy=_Policy(loss, action))
     return Critics(critic, target, policy=_Greedy(critic if getattr(loss, "double_dqn", False) else target))
-
-
-def _outputs(loss: Any, network: Any) -> list[str]:
-    """Which of TorchRL's names for Q the network writes, under whatever keys."""
-    names = ("action_value", "state_action_value")
-    return [name for name in names if getattr(loss.tensor_keys, name, name) in network.out_keys]
 
 
 def _input_of(network: Any, observations: Observations, action: Key) -> TensorDictBase:

@@ -49,8 +49,8 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
         assignment: "soft" or "hard".
         replacement: within a cluster.
         keys: where the stored tensordicts have what.
-        seed: of the sampler's own generator. None: torch.initial_seed(). With the buffer's `set_rng`, that generator is
-            used in its place, if it is on the CPU.
+        seed: of the sampler's own generator. None: torch.initial_seed(). The buffer's `set_rng` sets it to where the
+            generator given stands, if that is on the CPU.
 
     .. code-block:: python
 
@@ -86,6 +86,7 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
         self.n_clusters = n_clusters
         self.keys = keys
         self._clusterer = reduced(clusterer, n_clusters, generator=self._generator, max_dim=max_dim)
+        self._fewest_rows = n_clusters if clusterer is None else 1
         self._embedding = embedding
         self._refresh_policy = refresh
         self._critics: Critics | None = None
@@ -130,13 +131,12 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
         """
         critics = self._critics if critics is None else critics
         if not isinstance(critics, Critics):
-            fail(
-                "critics", "a Critics record, given or attached", "None" if critics is None else type(critics).__name__
-            )
+            got = "None" if critics is None else type(critics).__name__
+            fail("critics", "a Critics record, given or attached", got)
         storage = self._followed()
         self._follow(storage)
-        if self._rows.size < self.n_clusters:
-            fail("n_clusters", f"at most the {self._rows.size} rows held", self.n_clusters)
+        if self._rows.size < self._fewest_rows:
+            fail("n_clusters", f"at most the {self._rows.size} rows held", self._fewest_rows)
         self._last_report = refreshed(
             self._rows,
             self._clusterer,
@@ -254,7 +254,7 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
     @_rng.setter
     def _rng(self, generator: torch.Generator | None) -> None:
         if generator is not None and generator.device.type == "cpu":
-            self._generator = self._rows.generator = generator
+            self._generator.set_state(generator.get_state())  # the clusterer draws from it, too
 
     def _empty(self) -> None:
         """Nothing is held any more."""
@@ -285,10 +285,13 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
 
     def _written(self, index: Any) -> None:
         """Rows that were overwritten lose their cluster; those that came are counted with the next batch."""
-        if self._storage is None or not self._rows.size:
+        if not self._rows.size:
             return
         rows = torch.as_tensor(index).cpu()
         if rows.ndim == 2:  # coordinates
+            if self._storage is None:  # loaded, and not yet asked for a batch: nobody can tell which rows these are
+                self._empty()
+                return
             shape = (1, *self._storage.shape[1:])
             rows = sum(column * math.prod(shape[axis + 1 :]) for axis, column in enumerate(rows.unbind(1)))
         rows = rows.reshape(-1)

@@ -413,6 +413,39 @@ def test_the_buffers_files_hold_the_sampler(critics: Critics, tmp_path: Path) ->
         other_sampler.loads(file.parent)
 
 
+@pytest.mark.parametrize("axes", [1, 2])
+def test_rows_overwritten_between_loading_and_the_first_batch_lose_their_clusters(critics: Critics, axes: int) -> None:
+    def made() -> tuple[ClusterSampler, TensorDictReplayBuffer]:
+        sampler = ClusterSampler(2, refresh=lambda step, sampler: not sampler.clustered, seed=0)
+        buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(40, ndim=axes), sampler=sampler, batch_size=8)
+        buffer.extend(steps(40) if axes == 1 else steps(4, 10))
+        return sampler, buffer
+
+    sampler, buffer = made()
+    sampler.attach(critics)
+    buffer.sample()
+    loaded, other = made()
+    loaded.load_state_dict(sampler.state_dict())
+    other.extend(steps(12, seed=1) if axes == 1 else steps(4, 3, seed=1))
+    if axes == 2:  # which rows these are is not known yet
+        assert not loaded.clustered
+        return
+    torch.testing.assert_close(loaded.responsibilities[:12].double(), loaded.probabilities.expand(12, -1))
+    assert torch.equal(loaded.responsibilities[12:], sampler.responsibilities[12:])
+
+
+def test_a_clusterer_of_ones_own_takes_as_few_rows_as_it_likes(critics: Critics) -> None:
+    sampler = ClusterSampler(clusterer=lambda y, previous: torch.ones(len(y), 1), seed=0)
+    buffer = filled(sampler, rows=2, batch_size=4)
+    sampler.attach(critics)
+    assert buffer.sample()["cluster"].tolist() == [0] * 4
+    few = ClusterSampler(3, seed=0)
+    buffer = filled(few, rows=2, batch_size=4)
+    few.attach(critics)
+    with pytest.raises(ValueError, match="n_clusters: expected at most the 2 rows held, got 3"):
+        buffer.sample()
+
+
 def test_a_foreign_state_changes_nothing(critics: Critics) -> None:
     sampler = ClusterSampler(3, seed=0)
     buffer = filled(sampler)
@@ -439,11 +472,12 @@ def test_pickled_it_holds_no_networks(critics: Critics) -> None:
     assert torch.equal(copy.responsibilities, sampler.responsibilities)
 
 
-def test_the_buffers_generator_draws_when_one_is_set(critics: Critics) -> None:
+def test_the_buffers_generator_sets_the_samplers(critics: Critics) -> None:
     def drawn(seed: int) -> list[int]:
-        sampler = ClusterSampler(3, seed=0)
+        sampler = ClusterSampler(3)  # with torch's initial seed
         buffer = filled(sampler)
         buffer.set_rng(torch.Generator().manual_seed(seed))
+        sampler.attach(critics)
         found: list[int] = buffer.sample()["index"].tolist()
         return found
 
