@@ -247,6 +247,34 @@ def test_products_by_onednn_are_those_of_torch() -> None:
     subprocess.run([sys.executable, "-c", PRODUCTS], check=True, env={**os.environ, "PYTHONPATH": str(STUDY)})
 
 
+def test_batches_drawn_at_once_are_those_of_d3rlpy_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    d3rlpy = pytest.importorskip("d3rlpy")
+    monkeypatch.syspath_prepend(str(STUDY))
+    generator = np.random.default_rng(0)
+    ends = np.zeros((2, 50))
+    ends[0, [10, 30, 49]] = ends[1, 20] = 1  # terminals, and a timeout in the middle of an episode's rows
+    dataset = d3rlpy.dataset.MDPDataset(
+        observations=generator.normal(size=(50, 4)).astype(np.float32),
+        actions=generator.normal(size=(50, 2)).astype(np.float32),
+        rewards=generator.normal(size=50),
+        terminals=ends[0],
+        timeouts=ends[1],
+    )
+    state = np.random.get_state()
+    np.random.seed(3)
+    expected = [dataset.sample_transition_batch(size) for size in (7, 64)]
+    importlib.import_module("rows").draw_at_once(dataset)
+    np.random.seed(3)
+    for batch in expected:
+        drawn = dataset.sample_transition_batch(len(batch))
+        for name in ("observations", "actions", "rewards", "next_observations", "next_actions", "terminals", "intervals"):
+            assert getattr(drawn, name).dtype == np.float32
+            np.testing.assert_array_equal(getattr(drawn, name), getattr(batch, name))
+        for one, other in zip(drawn.transitions, batch.transitions, strict=True):
+            np.testing.assert_array_equal(one.next_observation, other.next_observation)
+    np.random.set_state(state)
+
+
 @pytest.fixture
 def arms(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(STUDY))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from arms import ARMS, CappedPenalty, GradientNormPenalty, GradientVariancePenalty, random_partition
 from products import use_onednn
+from rows import draw_at_once
 
 from c4buffer import load_d4rl
 
@@ -57,6 +58,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
     data = load_d4rl(DATA / f"{settings['dataset']}-10k.hdf5")
     names = ("observations", "actions", "rewards", "terminals", "timeouts")
     dataset = d3rlpy.dataset.MDPDataset(**{name: getattr(data, name).numpy() for name in names})
+    draw_at_once(dataset)
     d3rlpy.seed(settings["seed"])
     algo = make_algorithm(d3rlpy, dataset, settings)
     transitions = transitions_of(dataset, algo)
