@@ -17,7 +17,9 @@ def draw_at_once(dataset: Any) -> None:
     from d3rlpy.dataset import TransitionMiniBatch
 
     picked = [
-        dataset.transition_picker(episode, row) for episode in dataset.episodes for row in range(episode.transition_count)
+        dataset.transition_picker(episode, row)
+        for episode in dataset.episodes
+        for row in range(episode.transition_count)
     ]
     table = TransitionMiniBatch.from_transitions(picked)
     names = [each.name for each in dataclasses.fields(table) if each.name != "transitions"]
