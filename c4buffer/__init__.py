@@ -5,6 +5,8 @@ from .buffer import ClusteredReplayBuffer
 from .clustering import Clusterer, MixtureClusterer
 from .critics import Critics, stacked_features, stacked_gradients
 from .datasets.d4rl import load_d4rl
+from .datasets.minari import load_minari
+from .datasets.ogbench import load_ogbench
 from .diagnostics import Diagnosis, diagnose
 from .losses.covariance import (
     CovariancePenalty,
@@ -58,6 +60,8 @@ __all__ = [
     "estimate_log_likelihood_target",
     "expectile_value_loss",
     "load_d4rl",
+    "load_minari",
+    "load_ogbench",
     "sparse_value_loss",
     "stacked_features",
     "stacked_gradients",

@@ -16,7 +16,18 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "c4buffer"
 INTEGRATIONS = ROOT / "integrations"
 HOSTS = {"d3rlpy": "d3rlpy", "sb3": "stable_baselines3", "torchrl": "torchrl"}
-HEAVY = {*HOSTS.values(), "faiss", "gym", "gymnasium", "h5py", "matplotlib", "safetensors", "scipy", "sklearn"}
+HEAVY = {
+    *HOSTS.values(),
+    "faiss",
+    "gym",
+    "gymnasium",
+    "h5py",
+    "matplotlib",
+    "minari",
+    "safetensors",
+    "scipy",
+    "sklearn",
+}
 LAYERS = {
     "_checks": 0,
     "collective": 0,

@@ -1,0 +1,72 @@
+"""OGBench's datasets -> Transitions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._checks import fail
+from ..transitions import Transitions
+
+REQUIRED = ("observations", "actions", "rewards", "terminals", "masks")
+OPTIONAL = ("next_observations", "valids")
+
+
+def load_ogbench(dataset: Mapping[str, Any] | str | Path) -> Transitions:
+    """A dataset of a single-task variant of OGBench (any name with "singletask"), whose rewards are the task's.
+
+    OGBench's `masks` are 0 where the task is solved: terminals are 1 - masks. Its `terminals` mark where a trajectory
+    ends, and become timeouts where that is not a terminal. Where `next_observations` are missing (the compact form, and
+    files), s' is the next row's observation, and rows that have none are left out: those with `valids` 0 or, without
+    `valids`, each trajectory's last.
+
+    Args:
+        dataset: the mapping that `ogbench.make_env_and_datasets` gives for training or validation, in the regular or
+            the compact form, or an .npz file with the same fields: observations [N, *O], actions [N, A] or integer
+            [N], rewards [N], terminals [N], masks [N]; next_observations or valids [N].
+
+    Raises:
+        ValueError: if a field is missing; names it. Data without a task have no rewards and masks.
+
+    >>> data = load_ogbench({"observations": np.zeros((3, 2)), "next_observations": np.ones((3, 2)),
+    ...                      "actions": np.zeros((3, 1)), "rewards": [-1, 0, -1],
+    ...                      "masks": [1, 0, 1], "terminals": [0, 0, 1]})
+    >>> data.terminals.tolist(), data.timeouts.tolist()
+    ([0.0, 1.0, 0.0], [0.0, 0.0, 1.0])
+    """
+    if not isinstance(dataset, Mapping):
+        with np.load(dataset) as file:
+            return load_ogbench(dict(file))
+    missing = [name for name in REQUIRED if name not in dataset]
+    if missing:
+        fail(
+            "dataset",
+            f"the fields {', '.join(REQUIRED)} (rewards and masks come with a task: names with 'singletask')",
+            f"one without {', '.join(missing)}",
+        )
+    columns = {name: torch.as_tensor(dataset[name]) for name in (*REQUIRED, *OPTIONAL) if name in dataset}
+    rows = len(columns["terminals"])
+    for name, column in columns.items():
+        if len(column) != rows:
+            fail(name, f"{rows} rows, as many as terminals", len(column))
+    if "next_observations" not in columns:
+        columns = _followed(columns)
+    solved = 1 - columns["masks"].float()
+    return Transitions(
+        **{name: columns[name] for name in ("observations", "actions", "rewards", "next_observations")},
+        terminals=solved,
+        timeouts=columns["terminals"] * (1 - solved),
+    )
+
+
+def _followed(columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The rows whose s' is the next row's observation, the last of each trajectory marked anew."""
+    valid = columns["valids"] > 0 if "valids" in columns else columns["terminals"] == 0
+    valid[-1] = False
+    new = {"next_observations": columns["observations"].roll(-1, dims=0), "terminals": (~valid).roll(-1)}
+    return {name: column[valid] for name, column in {**columns, **new}.items()}
