@@ -139,6 +139,10 @@ class C4Algorithm(QLearningAlgoBase):
     c4_clusterer: Clusterer | None
     c4_buffer_options: dict[str, Any]
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = {**self.__dict__, "_c4_batches": None, "_c4_reported": None}  # no copies of the data
+        return _bare, (_algorithm_class, type(self).__bases__[1]), state
+
     @property
     def config(self) -> Any:
         self._c4_config.take_base()  # which may have been changed since
@@ -263,6 +267,9 @@ class C4Impl(QLearningAlgoImplBase):
     _c4_discrete: bool
     _c4_penalties: list[torch.Tensor]  # of the running update, where no loss record takes them
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _bare, (_impl_class, type(self).__bases__[1]), self.__dict__
+
     def inner_update(self, batch: TorchMiniBatch, grad_step: int) -> dict[str, float]:
         self._c4_due = getattr(self.c4_penalty, "weight", 1.0) > 0 and grad_step % self._c4_every == 0
         self._c4_penalties.clear()
@@ -317,6 +324,11 @@ def _arm_impl(impl: Any, config: C4Config) -> None:
 def _of(dataset: Any, evaluator: Callable[[Any, Any], float]) -> Callable[[Any, Any], float]:
     """The evaluator, given the dataset itself: what it draws is no batch of the training's."""
     return lambda algo, view: evaluator(algo, dataset)
+
+
+def _bare(subclass_of: Callable[[Any], type], base: Any) -> Any:
+    """An object for a copy or a pickle to fill; pickle finds no class by name that was made at run time."""
+    return object.__new__(subclass_of(base))
 
 
 @functools.cache

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
+import pickle
 import socket
 import subprocess
 import sys
@@ -512,3 +514,33 @@ def test_a_dataset_that_was_dumped_and_loaded_gives_the_same_transitions(tmp_pat
         loaded = ReplayBuffer.load(file, d3rlpy.dataset.InfiniteBuffer())
     for name in ("observations", "actions", "rewards", "terminals", "next_actions"):
         assert torch.equal(getattr(transitions_of(loaded), name), getattr(transitions_of(dataset), name))
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda algo: pickle.loads(pickle.dumps(algo))], ids=["copy", "pickle"]
+)
+@pytest.mark.parametrize("config", ALL)
+def test_a_copy_or_pickle_trains_on_as_the_algorithm_does_and_holds_no_data(config: type, copied: Any) -> None:
+    dataset = data_for(config)
+    algo = built(C4Config(base=small(config), n_clusters=2, refresh_interval=2, seed=0), dataset)
+    algo.fit(dataset, n_steps=3, n_steps_per_epoch=3, **QUIET)
+    twin = copied(algo)
+    assert type(twin) is type(algo)
+    assert algo.c4_buffer is not None
+    assert twin.c4_buffer is None
+    assert_same_state(twin, algo)
+    for each in (algo, twin):
+        d3rlpy.seed(3)
+        each.fit(dataset, n_steps=3, n_steps_per_epoch=3, **QUIET)
+    assert_same_state(twin, algo)
+    assert twin.grad_step == algo.grad_step == 6
+
+
+def test_a_pickle_is_read_by_another_process(tmp_path: Path) -> None:
+    algo = built(C4Config(base=small(DQNConfig), n_clusters=5), data_for(DQNConfig))
+    (tmp_path / "algo.pkl").write_bytes(pickle.dumps(algo))
+    program = (
+        "import pickle, sys; a = pickle.load(open(sys.argv[1], 'rb')); print(type(a).__name__, a.config.n_clusters)"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path / "algo.pkl")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["C4DQN", "5"]
