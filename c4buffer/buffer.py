@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
-import tempfile
-import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,13 +18,14 @@ from .checkpoint import save
 from .clustering import Clusterer
 from .critics import Critics
 from .embedding import EMBEDDINGS, Embedding, embed_rows
+from .inference import outside_inference_mode
 from .mixture import MixtureResult
 from .partition import check_rows
 from .prefetch import drawn_ahead
 from .reduction import Reduction, reduced
 from .refresh import RefreshPolicy, RefreshReport, refreshed
 from .sampling import SingleClusterSampler
-from .storage import RingStorage
+from .storage import RingStorage, own_folder
 from .trajectories import Neighbours, Trajectories
 from .transitions import Observations, Transitions
 from .windows import Windows
@@ -104,9 +102,9 @@ class ClusteredReplayBuffer:
         folder: str | os.PathLike[str] | None = None,
         seed: int | None = None,
     ) -> None:
-        check_integer("capacity", capacity, minimum=1)
+        capacity = check_integer("capacity", capacity, minimum=1)
         if n_clusters != "auto":
-            check_integer("n_clusters", n_clusters, minimum=1)
+            n_clusters = check_integer("n_clusters", n_clusters, minimum=1)
         if not callable(embedding):
             check_choice("embedding", embedding, tuple(EMBEDDINGS))
         if refresh is not None and not callable(refresh):
@@ -114,9 +112,9 @@ class ClusteredReplayBuffer:
         check_choice("assignment", assignment, ("soft", "hard"))
         if trajectory_tail and not replacement:
             fail("trajectory_tail", "replacement=True, as a transition can be in several clusters", "replacement=False")
-        check_integer("n_steps", n_steps, minimum=1)
-        check_fraction("discount", discount)
-        check_integer("frame_stack", frame_stack, minimum=1)
+        n_steps = check_integer("n_steps", n_steps, minimum=1)
+        discount = check_fraction("discount", discount)
+        frame_stack = check_integer("frame_stack", frame_stack, minimum=1)
         check_choice("storage", storage, ("memory", "pinned", "device", "memmap"))
         if storage == "pinned" and torch.device(device).type != "cuda":
             fail("storage", "another than 'pinned', unless device is a CUDA device", f"device {str(device)!r}")
@@ -124,7 +122,7 @@ class ClusteredReplayBuffer:
             expected = "a folder that exists" if storage == "memmap" else "None, unless storage is 'memmap'"
             fail("folder", expected, repr(os.fspath(folder)))
         if seed is not None:
-            check_integer("seed", seed, minimum=0)
+            seed = check_integer("seed", seed, minimum=0)
 
         self.capacity = capacity
         self.n_clusters = n_clusters
@@ -142,7 +140,7 @@ class ClusteredReplayBuffer:
         self._trajectories = Trajectories(capacity) if trajectory_tail else None
         self._windows: Windows | None = None
         if n_steps > 1 or frame_stack > 1:
-            self._windows = Windows(self._storage, n_steps=n_steps, discount=float(discount), frame_stack=frame_stack)
+            self._windows = Windows(self._storage, n_steps=n_steps, discount=discount, frame_stack=frame_stack)
         self._sampler = SingleClusterSampler(
             generator=self._generator, assignment="hard" if trajectory_tail else assignment, replacement=replacement
         )
@@ -157,13 +155,13 @@ class ClusteredReplayBuffer:
             "embedding": embedding if isinstance(embedding, str) else OWN,
             "refresh": outline_of(refresh),
             "clusterer": None if clusterer is None else OWN,
-            "max_dim": max_dim,
+            "max_dim": self._clusterer.max_dim,
             "reduction": reduction,
             "assignment": assignment,
-            "replacement": replacement,
-            "trajectory_tail": trajectory_tail,
+            "replacement": bool(replacement),
+            "trajectory_tail": bool(trajectory_tail),
             "n_steps": n_steps,
-            "discount": float(discount),
+            "discount": discount,
             "frame_stack": frame_stack,
             "storage": storage,
             "growing": self._growing,
@@ -174,10 +172,9 @@ class ClusteredReplayBuffer:
         ring = partial(RingStorage, self.capacity, device=device, target=self.device, growing=self._growing)
         if storage != "memmap":
             return ring(pinned=storage == "pinned")
+        mapped = ring()
         # A folder of its own inside the one given, so that a state can be loaded beside what is held.
-        folder = Path(tempfile.mkdtemp(prefix="c4buffer-", dir=self._folder))
-        mapped = ring(folder=folder)
-        weakref.finalize(mapped, shutil.rmtree, folder, ignore_errors=True)
+        mapped.folder = own_folder(mapped, self._folder)
         return mapped
 
     @classmethod
@@ -190,6 +187,7 @@ class ClusteredReplayBuffer:
     def __len__(self) -> int:
         return len(self._storage)
 
+    @outside_inference_mode
     def extend(self, transitions: Transitions) -> None:
         """Append transitions as they are, next actions included; of more than `capacity`, the last.
 
@@ -216,6 +214,7 @@ class ClusteredReplayBuffer:
             self._sampler.extend(len(self) - before)
         return slots
 
+    @outside_inference_mode
     def add(
         self,
         observations: Any,
@@ -269,13 +268,14 @@ class ClusteredReplayBuffer:
         """From now on, `sample` re-clusters by these critics when the refresh policy says so."""
         self._critics = _checked_critics(critics)
 
+    @outside_inference_mode
     def sample(self, batch_size: int) -> Transitions:
         """A batch of copies, [batch_size, ...] on `device`, from one cluster.
 
         Raises:
             ValueError: from an empty buffer, or for more than it holds when drawing without replacement.
         """
-        self._sampler.check(batch_size)
+        batch_size = self._sampler.check(batch_size)
         if self._critics is not None and self._due():
             self.refresh()
         slots, cluster = self._sampler.sample(batch_size)
@@ -286,7 +286,7 @@ class ClusteredReplayBuffer:
         return (self._storage if self._windows is None else self._windows).gather(slots, cluster=cluster)
 
     def _rows(self, start: int, stop: int) -> Transitions:
-        """To be read at once and not kept."""
+        """Copies, as the critics may do with them what they like."""
         return self._storage.rows(start, stop) if self._windows is None else self._gather(torch.arange(start, stop))
 
     def _followers(self) -> list[Trajectories | Neighbours]:
@@ -310,14 +310,15 @@ class ClusteredReplayBuffer:
         [4, 4]
         """
         if steps is not None:
-            check_integer("steps", steps, minimum=0)
-        check_integer("prefetch", prefetch, minimum=0)
-        self._sampler.check(batch_size)
+            steps = check_integer("steps", steps, minimum=0)
+        prefetch = check_integer("prefetch", prefetch, minimum=0)
+        batch_size = self._sampler.check(batch_size)
         calls = itertools.count() if steps is None else range(steps)
         if prefetch == 0:
             return (self.sample(batch_size) for _ in calls)
         return drawn_ahead((partial(self.sample, batch_size) for _ in calls), prefetch, self.device)
 
+    @outside_inference_mode
     def refresh(self, critics: Critics | None = None) -> RefreshReport:
         """Cluster all transitions by the critics given, or by those attached. When it fails, batches go on as before.
 
@@ -342,6 +343,7 @@ class ClusteredReplayBuffer:
         self._next_refresh = self._batches + max(1000, len(self) // 10)
         return self._last_report
 
+    @outside_inference_mode
     def log_likelihood_of(self, rows: Tensor) -> float:
         """How well the last clustering describes what the attached critics are now.
 
@@ -379,6 +381,7 @@ class ClusteredReplayBuffer:
         """
         return state_of(self)
 
+    @outside_inference_mode
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where the buffer that gave `state` was, batch for batch; on any device. Attach the critics again.
 

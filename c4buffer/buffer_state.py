@@ -5,6 +5,8 @@ The buffer alone calls this, and it alone knows the buffer's insides.
 
 from __future__ import annotations
 
+import inspect
+import math
 import os
 from dataclasses import asdict
 from typing import Any
@@ -12,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import fail
+from ._checks import check_number, fail
 from .checkpoint import load
+from .partition import check_rows
 from .refresh import Every, OnDrift, RefreshPolicy, RefreshReport
 from .sampling import SingleClusterSampler
 from .trajectories import Neighbours, Trajectories
@@ -61,12 +64,16 @@ def restore(buffer: Any, state: dict[str, Any]) -> None:
     """
     try:
         _restore(buffer, state)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError) as error:
         fail("state", "what state_dict gave", f"{type(error).__name__}: {error}")
 
 
 def loaded(cls: Any, path: str | os.PathLike[str], options: dict[str, Any]) -> Any:
     """A buffer of class `cls` as it was saved to `path`, but for some options."""
+    known = [name for name in inspect.signature(cls).parameters if name != "seed"]
+    for name in options:
+        if name not in known:
+            fail("options", f"names among {', '.join(known)} (the generator is in the file)", name)
     state = load(path, KIND)
     try:
         saved = dict(state["options"])
@@ -103,6 +110,10 @@ def _restore(buffer: Any, state: dict[str, Any]) -> None:
     report = None if state["report"] is None else RefreshReport(**state["report"])
     last_rows = {int(environment): int(row) for environment, row in state["last_rows"]}
     batches, next_refresh = int(state["batches"]), int(state["next_refresh"])
+    if state["policy"] is not None:
+        check_rows("probe", state["policy"]["probe"], len(storage))
+        check_number("reference", state["policy"]["reference"], minimum=-math.inf)
+        bool(state["policy"]["compared"])
     before = buffer._clusterer.state_dict()
     try:
         buffer._clusterer.load_state_dict(_on(buffer.device, state["clusterer"]))
@@ -117,7 +128,7 @@ def _restore(buffer: Any, state: dict[str, Any]) -> None:
         buffer._windows.storage, buffer._windows.neighbours = storage, neighbours
     buffer._batches, buffer._next_refresh = batches, next_refresh
     buffer._last_report, buffer._last_rows = report, last_rows
-    if isinstance(buffer._refresh_policy, OnDrift) and state["policy"] is not None:
+    if isinstance(buffer._refresh_policy, OnDrift):
         buffer._refresh_policy.load_state_dict(state["policy"], buffer)
 
 

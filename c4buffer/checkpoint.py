@@ -100,9 +100,14 @@ def _outlined(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
                 if (known.data_ptr(), known.shape, known.dtype) == (tensor.data_ptr(), tensor.shape, tensor.dtype):
                     return {"tensor": other}
                 tensor = tensor.clone()
+        while name in tensors:  # {"a.b": ..., "a": {"b": ...}}
+            name += "'"
         tensors[name] = tensor
         return {"tensor": name}
     if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                fail(name, "keys that are strings", repr(key))
         return {"dict": {key: _outlined(entry, tensors, f"{name}.{key}") for key, entry in value.items()}}
     if isinstance(value, (list, tuple)):
         entries = [_outlined(entry, tensors, f"{name}.{index}") for index, entry in enumerate(value)]

@@ -70,6 +70,7 @@ class MixtureClusterer:
         self.n_clusters = n_clusters
         self.max_clusters = check_integer("max_clusters", max_clusters, minimum=1)
         self.process_group = process_group
+        self.generator = generator
         self.warm_start = warm_start
         self.mixture: MixtureResult | None = None
         candidates = range(1, max_clusters + 1) if n_clusters == "auto" else (int(n_clusters),)
@@ -102,7 +103,11 @@ class MixtureClusterer:
             if gaussian_mixture.n_components > rows and best is not None:
                 break
             # K may have been lowered the last time
-            fits = last is not None and last.means.shape == (gaussian_mixture.n_components, embeddings.shape[1])
+            fits = (
+                last is not None
+                and last.means.shape == (gaussian_mixture.n_components, embeddings.shape[1])
+                and last.covariance == gaussian_mixture.covariance
+            )
             with warnings.catch_warnings():
                 if self.n_clusters == "auto":  # nobody asked for so many
                     warnings.simplefilter("ignore", UserWarning)
@@ -118,14 +123,21 @@ class MixtureClusterer:
         return best.responsibilities
 
     def state_dict(self) -> dict[str, Any]:
-        """The last mixture, which warm starts and `log_likelihood_of` need."""
-        if self.mixture is None:
-            return {"mixture": None}
-        return {"mixture": {field.name: getattr(self.mixture, field.name) for field in fields(self.mixture)}}
+        """The last mixture, which warm starts and `log_likelihood_of` need, and where the generator given stands."""
+        mixture = self.mixture
+        return {
+            "mixture": None
+            if mixture is None
+            else {each.name: getattr(mixture, each.name) for each in fields(mixture)},
+            "generator": None if self.generator is None else self.generator.get_state(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what `state_dict` gave."""
-        self.mixture = None if state["mixture"] is None else MixtureResult(**state["mixture"])
+        mixture = None if state["mixture"] is None else MixtureResult(**state["mixture"])
+        if self.generator is not None and state["generator"] is not None:
+            self.generator.set_state(state["generator"].cpu())
+        self.mixture = mixture
 
     def log_likelihood_of(self, embeddings: Tensor) -> float:
         """Mean over rows [M, E] of their log-likelihood under the last mixture; `OnDrift` asks for it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -61,13 +60,19 @@ class Critics:
         for name, value in fields.items():
             object.__setattr__(self, name, value)
 
-    @functools.cached_property
+    @property
     def modules(self) -> tuple[nn.Module, ...]:
         """Every network module that is reached through critic, target, policy, features and encode."""
+        known: tuple[nn.Module, ...] | None = self.__dict__.get("_modules")
+        if known is not None:
+            return known
+        parts = [*members_of(self.critic), *members_of(self.target), self.policy, self.features, self.encode]
         found: dict[nn.Module, None] = {}
-        for part in (self.critic, self.target, self.policy, self.features, self.encode):
+        for part in parts:
             for root in modules_behind(part):
                 found.update(dict.fromkeys(root.modules()))
+        if all(part is None or isinstance(part, nn.Module) for part in parts):
+            object.__setattr__(self, "_modules", tuple(found))  # what a function reaches may be another one next time
         return tuple(found)
 
     @contextmanager
@@ -145,7 +150,13 @@ def _rows_of(output: Any, actions: Tensor, *, name: str) -> list[Tensor]:
     if isinstance(output, Tensor) and output.ndim in (2, 3) and output.shape[-2] == len(actions):
         table = output.reshape(-1, *output.shape[-2:])
         chosen = actions.reshape(1, -1, 1).expand(len(table), -1, 1)
-        return list(table.gather(2, chosen).squeeze(2).unbind(0))
+        try:
+            return list(table.gather(2, chosen).squeeze(2).unbind(0))
+        except RuntimeError:
+            lowest, highest = int(actions.min()), int(actions.max())
+            if 0 <= lowest <= highest < table.shape[2]:
+                raise
+            fail("actions", f"numbers from 0 to {table.shape[2] - 1}, as {name} has them", f"{lowest} to {highest}")
     expected = f"[B, n_actions] or [n, B, n_actions] with B = {len(actions)} for discrete actions"
     return fail(name, expected, shape_of(output) if isinstance(output, Tensor) else type(output).__name__)
 

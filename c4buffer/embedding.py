@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal, Union
 
 import torch
@@ -34,11 +35,25 @@ def embed_rows(
     """The embeddings [rows, E] of the transitions that `read(start, stop)` gives, on `device`; whether projected.
 
     Of more than 8,192 columns, `max_dim` are kept: of each half [g'] and [g], which stand for the same directions, the
-    same Gaussian random directions.
+    same Gaussian random directions. Half precision is widened to float32, in which mixtures can be fitted. What a
+    policy draws comes from torch's generators seeded with 0, which stand afterwards as they stood before.
 
     Raises:
         ValueError: for a callable that returns something else, or values that are not finite.
     """
+    with _noise_of_its_own(device):
+        return _embed_rows(embedding, critics, rows, read, device=device, max_dim=max_dim)
+
+
+def _embed_rows(
+    embedding: Embedding,
+    critics: Critics,
+    rows: int,
+    read: Callable[[int, int], Transitions],
+    *,
+    device: torch.device,
+    max_dim: int,
+) -> tuple[Tensor, bool]:
     if isinstance(embedding, str):
         size = rows_for(critics, read(0, min(2 * PROBE_ROWS, rows)).to(device), embedding)
         embed: Embed = functools.partial(EMBEDDINGS[embedding], chunk_size=size)
@@ -51,6 +66,8 @@ def embed_rows(
         part = read(start, min(start + size, rows)).to(device)
         chunk = embed(critics, part)
         _check(chunk, len(part))
+        if chunk.dtype in (torch.float16, torch.bfloat16):
+            chunk = chunk.float()
         if chunk.shape[1] > max(WIDEST, max_dim):
             if directions is None:
                 directions = _directions(chunk.shape[1] // halves, max(1, max_dim // halves)).to(chunk)
@@ -60,6 +77,18 @@ def embed_rows(
         embeddings[start : start + len(chunk)] = chunk.detach()
     assert embeddings is not None
     return embeddings, directions is not None
+
+
+@contextmanager
+def _noise_of_its_own(device: torch.device) -> Iterator[None]:
+    """torch's generators, of the processor and of `device`, seeded alike each time and put back after."""
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        torch.default_generator.manual_seed(0)
+        if on_gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(0)
+        yield
 
 
 def _directions(columns: int, kept: int) -> Tensor:

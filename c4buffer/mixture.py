@@ -147,7 +147,7 @@ class GaussianMixture:
         Args:
             X: the data.
             initial: None starts from k-means++; responsibilities [N, K] start with an M-step; a MixtureResult is a warm
-                start, E-step first.
+                start, E-step first, whose number of components is kept.
 
         Raises:
             ValueError: for X that is empty, not finite or too wide for its squares to be, or an `initial` that does not
@@ -180,6 +180,8 @@ class GaussianMixture:
                     f"a {self.covariance!r} mixture in {X.shape[1]} dimensions",
                     f"a {initial.covariance!r} one in {initial.means.shape[1]}",
                 )
+            if len(initial.means) > self.n_components:
+                fail("initial", f"at most {self.n_components} components", len(initial.means))
             parameters = _parameters_for(em, initial)
         else:
             parameters = em.maximise_from(self._checked_responsibilities(initial, X))
@@ -258,4 +260,4 @@ def _checked_rows(X: Tensor) -> Tensor:
         got = f"{X.dtype} {shape_of(X)}" if isinstance(X, Tensor) else type(X).__name__
         fail("X", "a floating tensor [N, E] with at least one row and column", got)
     check_finite("X", X)
-    return X.detach()
+    return X.detach().float() if X.dtype in (torch.float16, torch.bfloat16) else X.detach()

@@ -210,15 +210,20 @@ class Partition:
             remains[:, block] = left
         return Partition(remains, self.ids[keep], distances)
 
-    def with_tails(self, numbers: Tensor, times: Tensor) -> Partition:
+    def with_tails(self, numbers: Tensor, times: Tensor, clusters: Tensor) -> Partition:
         """Hard clusters, each with the rest of each trajectory after its last member; rows since then are unassigned.
 
-        numbers, times: of the rows that there were when this clustering was made.
+        numbers, times, clusters: of the rows that there were when this clustering was made, [N]. What has become of
+        the rows since does not change which were a trajectory's last members.
         """
-        known = self.r[:, : len(numbers)]
-        labels = torch.where(known[0] < 0, -1, known.argmax(dim=0))
+        place = torch.full((int(max(clusters.max(), self.ids.max())) + 1,), -1)
+        place[self.ids] = torch.arange(len(self.ids))
+        labels = place[clusters]
+        lost = (labels < 0).nonzero().squeeze(1)  # of clusters that were dissolved
+        if self.distances is not None:
+            labels[lost] = self.distances[:, lost].argmin(dim=0)
         members = torch.full_like(self.r, UNASSIGNED)
-        members[:, : len(numbers)] = with_tails(labels, len(known), numbers, times).to(self.r.dtype)
+        members[:, : len(numbers)] = with_tails(labels, len(self.ids), numbers, times).to(self.r.dtype)
         members[:, (self.r < 0)[0]] = UNASSIGNED
         return Partition(members, self.ids, None)
 

@@ -41,10 +41,16 @@ def drawn_ahead(
                     leaf.record_stream(current)  # its memory is not given away while this stream reads it
         return batch
 
-    for draw in islice(batches, count):
-        call(draw)
-    for draw in batches:
-        call(draw)
-        yield hand_out()
+    failed: Exception | None = None
+    try:
+        for draw in islice(batches, count):
+            call(draw)
+        for draw in batches:
+            call(draw)
+            yield hand_out()
+    except Exception as error:
+        failed = error  # told when what was drawn before it has been handed out
     while waiting:
         yield hand_out()
+    if failed is not None:
+        raise failed

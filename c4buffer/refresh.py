@@ -162,9 +162,11 @@ class OnDrift:
         report = buffer.last_report
         if report is None or not buffer.clustered:
             return True
-        if self._buffer is None or self._buffer() is not buffer:
-            self._buffer, self._report = weakref.ref(buffer), None
-            self._probe = torch.empty(0, dtype=torch.int64)
+        if self._buffer is None and report is self._report:  # copied together with its buffer
+            self._buffer = weakref.ref(buffer)
+        elif self._buffer is None or self._buffer() is not buffer:
+            self._forget()
+            self._buffer = weakref.ref(buffer)
         if report is not self._report:
             if len(self._probe) < min(self.probe_size, len(buffer)):
                 self._probe = self._drawn(len(buffer))
@@ -180,16 +182,28 @@ class OnDrift:
         names = ("threshold", "check_every", "probe_size", "seed")
         return {name: getattr(self, name) for name in names}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy or a pickle, which goes to the copy of the buffer."""
+        return {**self.__dict__, "_buffer": None}
+
     def state_dict(self) -> dict[str, Any]:
         """The probe set and its likelihood after the last refresh."""
-        buffer = None if self._buffer is None else self._buffer()
-        compared = buffer is not None and self._report is buffer.last_report
+        compared = self._report is not None
+        if self._buffer is not None:  # as it is in a copy
+            buffer = self._buffer()
+            compared = buffer is not None and self._report is buffer.last_report
         return {"probe": self._probe, "reference": self._reference, "compared": compared}
 
-    def load_state_dict(self, state: dict[str, Any], buffer: ClusteredReplayBuffer) -> None:
-        """Take what `state_dict` gave, for `buffer` as it is now."""
-        self._buffer, self._probe, self._reference = weakref.ref(buffer), state["probe"].clone(), state["reference"]
-        self._report = buffer.last_report if state["compared"] else None
+    def load_state_dict(self, state: dict[str, Any] | None, buffer: ClusteredReplayBuffer) -> None:
+        """Take what `state_dict` gave, for `buffer` as it is now; from None, of another policy's buffer, start anew."""
+        self._forget()
+        if state is not None:
+            self._buffer, self._probe, self._reference = weakref.ref(buffer), state["probe"].clone(), state["reference"]
+            self._report = buffer.last_report if state["compared"] else None
+
+    def _forget(self) -> None:
+        self._buffer, self._report = None, None
+        self._probe, self._reference = torch.empty(0, dtype=torch.int64), 0.0
 
     def _drawn(self, rows: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)

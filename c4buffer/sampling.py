@@ -55,10 +55,10 @@ class SingleClusterSampler:
     ) -> None:
         self.generator = generator
         self.assignment = assignment
-        self.replacement = replacement
+        self.replacement = bool(replacement)
         self.size = 0
         self._partition: Partition | None = None
-        self._trajectories: tuple[Tensor, Tensor] | None = None
+        self._trajectories: tuple[Tensor, Tensor, Tensor] | None = None  # numbers, times, clusters; when assigned
         self._everything = torch.empty(0, dtype=torch.int64)  # the walk over all rows, before any clustering
         self._ahead: deque[tuple[Tensor, int]] = deque()
         self._ahead_for = 0
@@ -92,8 +92,6 @@ class SingleClusterSampler:
         """Rows [M] hold new transitions."""
         rows = rows.unique()
         if self._partition is not None:
-            if self._trajectories is not None and self._partition.tailed is None:
-                self._partition.tailed = self._partition.with_tails(*self._trajectories)  # while all members are known
             self._partition.forget(rows)
             if self._partition.assigned == 0:
                 self._partition = None
@@ -130,7 +128,7 @@ class SingleClusterSampler:
             r[:, start : start + len(part)] = (part / part.sum(dim=1, keepdim=True)).T
         d = None if distances is None else distances.T.cpu().contiguous()
         self._partition = Partition(r, torch.arange(len(r)), d)
-        self._trajectories = trajectories
+        self._trajectories = None if trajectories is None else (*trajectories, r.argmax(dim=0))
         if not self.replacement:
             self._partition.labels = torch.full((self.size,), -1)
             self._label(self._partition, torch.arange(self.size))
@@ -162,10 +160,15 @@ class SingleClusterSampler:
         partition = None if state["partition"] is None else Partition.from_state(state["partition"], size)
         for rows in (state["everything"], *state["ahead_rows"], *state["pools"]):
             check_rows("rows drawn ahead", rows, size)
-        if any(part.ndim != 1 or len(part) > size for part in state["trajectories"] or ()):
-            fail("trajectories", f"those of at most {size} rows", "others")
+        trajectories = state["trajectories"]
+        if trajectories is not None:
+            numbers, times, clusters = (part.clone() for part in trajectories)
+            if not numbers.shape == times.shape == clusters.shape or numbers.ndim != 1 or len(numbers) > size:
+                fail("trajectories", f"those of at most {size} rows", "others")
+            check_rows("trajectories", clusters, len(state["partition"]["ids"]))
         self.generator.set_state(state["generator"].clone())
-        self._partition, self.size, self._trajectories = partition, size, state["trajectories"]
+        self._partition, self.size = partition, size
+        self._trajectories = None if trajectories is None else (numbers, times, clusters)
         self._everything = state["everything"].clone()
         self._ahead = deque(zip([rows.clone() for rows in state["ahead_rows"]], state["ahead_clusters"]))
         self._ahead_for, self._block = state["ahead_for"], state["block"]
@@ -173,7 +176,7 @@ class SingleClusterSampler:
 
     def sample(self, batch_size: int) -> tuple[Tensor, int]:
         """Row indices [batch_size], int64, and the cluster they come from (-1: no clustering yet)."""
-        self.check(batch_size)
+        batch_size = self.check(batch_size)
         if not self.replacement:
             return self._walk(batch_size)
         if self._ahead_for != batch_size:
@@ -183,13 +186,14 @@ class SingleClusterSampler:
             self._draw_ahead(batch_size)
         return self._ahead.popleft()
 
-    def check(self, batch_size: int) -> None:
-        """Raise ValueError for a batch that can not be drawn, whatever the clusters."""
-        check_integer("batch_size", batch_size, minimum=1)
+    def check(self, batch_size: int) -> int:
+        """The size as an int; ValueError for a batch that can not be drawn, whatever the clusters."""
+        batch_size = check_integer("batch_size", batch_size, minimum=1)
         if self.size == 0:
             fail("buffer", "transitions to draw from", "an empty buffer")
         if not self.replacement and batch_size > self.size:
             fail("batch_size", f"at most the {self.size} transitions held, without replacement", batch_size)
+        return batch_size
 
     def partition_for(self, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
         """What batches of this size are drawn from, clusters too small for it dissolved.
@@ -216,8 +220,7 @@ class SingleClusterSampler:
         if self._trajectories is None:
             return partition
         if partition.tailed is None:
-            numbers, times = self._trajectories
-            partition.tailed = partition.with_tails(numbers, times)
+            partition.tailed = partition.with_tails(*self._trajectories)
         return partition.tailed
 
     def _without(self, partition: Partition, z: int) -> Partition:

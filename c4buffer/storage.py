@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,8 @@ class RingStorage:
         target: where gathered rows go; None for `device`.
         pinned: by way of page-locked memory, from which a GPU takes them without the processor waiting.
         folder: keep them in files there, which may be larger than the memory; None for memory. Files that are there
-            already are not touched. The files are the ring's own and are no checkpoint.
+            already are not touched. The files are the ring's own and are no checkpoint; a copy of the ring makes
+            others, in a folder beside this one.
         growing: allocate as rows come. In memory, old rows and new are held at once while they are copied.
     """
 
@@ -59,6 +62,20 @@ class RingStorage:
         self._widths: dict[torch.dtype, tuple[list[int], int]] = {}  # of the wide fields; how many scalars follow them
         self._columns: dict[str, Any] = {}  # views into the rows
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy or a pickle: the rows held, without the views and the files, which are this ring's."""
+        names = ("capacity", "device", "target", "pinned", "folder", "growing")
+        state = self.state()
+        state["rows"] = {name: rows.clone() for name, rows in state["rows"].items()}
+        return {"options": {name: getattr(self, name) for name in names}, "state": state}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        folder = state["options"]["folder"]
+        self.__init__(**{**state["options"], "folder": None})  # type: ignore[misc]  # an object without a state
+        if folder is not None:
+            self.folder = own_folder(self, folder.parent if folder.parent.is_dir() else None)
+        self.restore(state["state"])
+
     def __len__(self) -> int:
         return min(self.written, self.capacity)
 
@@ -67,6 +84,7 @@ class RingStorage:
         columns = transitions.columns()
         return Transitions.unchecked({name: _cast(value, self._columns.get(name, value)) for name, value in columns})
 
+    @torch.no_grad()
     def write(self, transitions: Transitions) -> Tensor:
         """Append rows; of more than fit, the last. Returns their slots, int64, in the order of the rows."""
         self._check_form(transitions)
@@ -87,6 +105,7 @@ class RingStorage:
         """Whether the `row`-th row ever written has not been overwritten yet."""
         return self.written - self.capacity <= row < self.written
 
+    @torch.no_grad()
     def link(self, row: int, action: Tensor) -> None:
         """Give the `row`-th row ever written its next action."""
         slot = row % self.capacity
@@ -125,9 +144,10 @@ class RingStorage:
         return map_observations(lambda leaf: leaf.index_select(0, index), self._columns[name])
 
     def rows(self, start: int, stop: int) -> Transitions:
-        """The rows in slots start to stop, as views: to be read at once and not kept."""
+        """Copies of the rows in slots start to stop, on `device`."""
         columns = {
-            name: map_observations(lambda leaf: leaf[start:stop], value) for name, value in self._columns.items()
+            name: map_observations(lambda leaf: leaf[start:stop].clone(), value)
+            for name, value in self._columns.items()
         }
         return Transitions.unchecked(columns)
 
@@ -227,6 +247,13 @@ class RingStorage:
                 same = _form(value) == _form(stored)
             if not same:
                 fail(name, f"rows like those stored, {_form(stored)}", _form(value))
+
+
+def own_folder(owner: object, parent: str | os.PathLike[str] | None) -> Path:
+    """A new folder in `parent` (None: where the system has its temporary files), which goes with its owner."""
+    folder = Path(tempfile.mkdtemp(prefix="c4buffer-", dir=parent))
+    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _parts(rows: Tensor, wide: list[int], scalars: int) -> tuple[Iterator[Tensor], Iterator[Tensor]]:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._checks import fail, shape_of
+
 
 class Trajectories:
     """Numbers of trajectories, slot by slot of a ring, and the order in which rows came.
@@ -41,6 +43,7 @@ class Trajectories:
                 self._open[environment] = self._next
                 self._next += 1
             numbers.append(self._open.pop(environment) if end else self._open[environment])
+        self._open = _of_first(self._open, len(ends))
         self._write(slots, torch.tensor(numbers)[len(numbers) - len(slots) :])
 
     def _write(self, slots: Tensor, numbers: Tensor) -> None:
@@ -61,8 +64,7 @@ class Trajectories:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take what `state` gave."""
-        self._numbers.copy_(state["numbers"])
-        self._times.copy_(state["times"])
+        _fill({"numbers": self._numbers, "times": self._times}, state)
         self._written, self._next = state["written"], state["next"]
         self._open = dict(state["open"])
 
@@ -113,6 +115,7 @@ class Neighbours:
                 self._link(self._open.get(environment), row % len(self._next))
                 self._previous[row % len(self._next)] = self._open.get(environment, -1)
             self._close(environment, row, end)
+        self._open = _of_first(self._open, len(ends))
 
     def after(self, slots: Tensor) -> Tensor:
         """The successors [M] of some slots."""
@@ -143,9 +146,20 @@ class Neighbours:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take what `state` gave."""
-        self._next.copy_(state["next"])
-        self._previous.copy_(state["previous"])
+        _fill({"next": self._next, "previous": self._previous}, state)
         self._written, self._open = state["written"], dict(state["open"])
+
+
+def _of_first(open_: dict[int, int], environments: int) -> dict[int, int]:
+    """What is under way, less the environments that took no part in a step: they begin anew when they come back."""
+    return {environment: value for environment, value in open_.items() if environment < environments}
+
+
+def _fill(columns: dict[str, Tensor], state: dict[str, Any]) -> None:
+    for name, column in columns.items():
+        if state[name].shape != column.shape:
+            fail(name, f"a shape of {shape_of(column)}", shape_of(state[name]))
+        column.copy_(state[name])
 
 
 def with_tails(labels: Tensor, n_clusters: int, numbers: Tensor, times: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Union
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,7 +58,8 @@ class Transitions:
     Scalars may come as [N, 1]; arrays become tensors. Where `next_actions` is left out, a' is the action of the row
     `intervals` rows on in the same episode; at an episode's end there is none, so the row's own action is stored and
     `has_next_actions` is 0. A last row that is neither terminal nor timeout counts as a timeout. Both happen here only,
-    never in indexing, `concatenate` or sampling.
+    never in indexing, `concatenate` or sampling. Every row with a flag ends an episode: n-step records of others, whose
+    last n rows all have it, should come with their `next_actions`.
 
     A batch drawn from a buffer also has `indices` [N] (rows of the buffer) and `cluster` (-1 before the first refresh).
 
@@ -250,13 +252,28 @@ def _link_actions(actions: Tensor, terminals: Tensor, timeouts: Tensor, interval
     return actions[torch.where(linked, ahead, here)], linked.to(terminals.dtype)
 
 
+def _as_tensor(argument: str, value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        tensor = value
+    else:
+        if isinstance(value, np.ndarray) and (not value.flags.writeable or min(value.strides, default=0) < 0):
+            value = value.copy()  # torch shares neither
+        try:
+            tensor = torch.as_tensor(value)
+        except (RuntimeError, TypeError, ValueError) as error:
+            fail(argument, "numbers in one shape", f"{type(value).__name__} ({error})")
+    if tensor.is_complex():
+        fail(argument, "real numbers", tensor.dtype)
+    return tensor
+
+
 def _as_observations(argument: str, value: Any) -> Observations:
     if isinstance(value, Mapping):
-        observations: Observations = {key: torch.as_tensor(leaf) for key, leaf in value.items()}
+        observations: Observations = {key: _as_tensor(f"{argument}[{key!r}]", leaf) for key, leaf in value.items()}
     elif isinstance(value, tuple):
-        observations = tuple(torch.as_tensor(leaf) for leaf in value)
+        observations = tuple(_as_tensor(f"{argument}[{place}]", leaf) for place, leaf in enumerate(value))
     else:
-        observations = torch.as_tensor(value)
+        observations = _as_tensor(argument, value)
     leaves = observation_leaves(observations)
     if not leaves:
         fail(argument, "at least one tensor", "an empty structure")
@@ -288,7 +305,7 @@ def _check_same_form(
 
 
 def _as_actions(argument: str, value: Any, rows: int) -> Tensor:
-    actions = torch.as_tensor(value)
+    actions = _as_tensor(argument, value)
     if actions.is_floating_point():
         if actions.ndim != 2:
             fail(
@@ -307,7 +324,7 @@ def _as_actions(argument: str, value: Any, rows: int) -> Tensor:
 
 
 def _as_scalars(argument: str, value: Any, rows: int) -> Tensor:
-    scalars = torch.as_tensor(value)
+    scalars = _as_tensor(argument, value)
     if scalars.ndim == 2 and scalars.shape[1] == 1:
         scalars = scalars.squeeze(1)
     if scalars.ndim != 1:

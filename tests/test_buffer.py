@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from c4buffer import (
     stacked_gradients,
 )
 from c4buffer.buffer import Embedding
+from c4buffer.prefetch import drawn_ahead
 from c4buffer.transitions import observation_leaves
 
 
@@ -948,3 +950,15 @@ def test_a_batch_that_can_not_be_drawn_is_refused_before_anything_is_clustered()
     assert calls == []
     with pytest.raises(ValueError, match="transitions: expected a Transitions record, got dict"):
         buffer.extend({})
+
+
+def test_batches_drawn_before_a_failure_are_handed_out_first() -> None:
+    def drawing(number: int) -> Any:
+        if number == 5:
+            raise RuntimeError("no more")
+        return number
+
+    ahead = drawn_ahead((functools.partial(drawing, number) for number in range(9)), 3, torch.device("cpu"))
+    assert [next(ahead) for _ in range(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(RuntimeError, match="no more"):
+        next(ahead)

@@ -446,3 +446,84 @@ def test_a_new_file_has_the_usual_permissions_and_an_old_one_keeps_its_own(tmp_p
     path.chmod(0o600)
     buffer_of().save(path)
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("policy", [{}, {"probe": None}, {"probe": torch.tensor([999])}, {"reference": "x"}])
+def test_a_policy_that_does_not_fit_is_refused_and_nothing_changes(policy: dict[str, Any]) -> None:
+    buffer, other = (buffer_of(refresh=OnDrift(0.05, check_every=3, probe_size=50)) for _ in range(2))
+    for each in (buffer, other):
+        for _ in range(5):
+            each.sample(64)
+    state = other.state_dict()
+    twin = buffer_of(refresh=OnDrift(0.05, check_every=3, probe_size=50))
+    twin.load_state_dict(buffer.state_dict())
+    with pytest.raises(ValueError, match="state|probe|reference"):
+        twin.load_state_dict({**state, "policy": policy and {**state["policy"], **policy}})
+    assert_goes_on(buffer, twin)
+
+
+def test_drift_starts_anew_with_the_state_of_a_buffer_that_had_another_policy() -> None:
+    buffer = buffer_of(refresh=OnDrift(0.05, probe_size=300))
+    for _ in range(3):
+        buffer.sample(64)
+    small = ClusteredReplayBuffer.from_transitions(transitions(30), capacity=600, seed=1)
+    small.refresh(critics())
+    buffer.load_state_dict(small.state_dict())
+    for _ in range(3):
+        assert len(buffer.sample(8)) == 8
+
+
+def test_tails_of_a_loaded_state_are_its_own() -> None:
+    buffer, twin = (buffer_of(trajectory_tail=True) for _ in range(2))
+    buffer.sample(64)
+    state = buffer.state_dict()
+    twin.load_state_dict(state)
+    for part in state["sampler"]["trajectories"]:
+        part.fill_(0)
+    again = buffer_of(trajectory_tail=True)
+    again.sample(64)
+    twin.extend(transitions(50, seed=3))
+    again.extend(transitions(50, seed=3))
+    assert torch.equal(twin.sample(64).indices, again.sample(64).indices)
+
+
+def test_a_loaded_mixture_of_another_covariance_is_no_start(tmp_path: Path) -> None:
+    buffer = buffer_of(clusterer=MixtureClusterer(3))
+    buffer.sample(64)
+    buffer.save(tmp_path / "buffer")
+    twin = ClusteredReplayBuffer.load(tmp_path / "buffer", clusterer=MixtureClusterer(3, covariance="diag"))
+    twin.refresh(critics())
+    assert twin.mixture is not None
+    assert twin.mixture.covariance == "diag"
+
+
+def test_a_clusterers_own_generator_goes_on_where_it_stood(tmp_path: Path) -> None:
+    def clusterer() -> MixtureClusterer:
+        generator = torch.Generator().manual_seed(5)
+        return MixtureClusterer(4, generator=generator, warm_start=False, max_iterations=1)
+
+    buffer = buffer_of(clusterer=clusterer())
+    buffer.refresh()
+    buffer.save(tmp_path / "buffer")
+    twin = ClusteredReplayBuffer.load(tmp_path / "buffer", clusterer=clusterer())
+    twin.attach(critics())
+    for each in (buffer, twin):
+        each.refresh()
+    assert torch.equal(buffer.responsibilities, twin.responsibilities)
+
+
+@pytest.mark.parametrize(("options", "named"), [({"seed": 1}, "seed"), ({"capacite": 1}, "capacite")])
+def test_options_that_a_file_has_or_nobody_knows_are_refused(options: Any, named: str, tmp_path: Path) -> None:
+    buffer_of().save(tmp_path / "buffer")
+    with pytest.raises(ValueError, match=rf"^options: expected names among capacity, .*, got {named}$"):
+        ClusteredReplayBuffer.load(tmp_path / "buffer", **options)
+
+
+def test_names_that_look_alike_in_a_file_are_kept_apart(tmp_path: Path) -> None:
+    state = {"a.b": torch.ones(2), "a": {"b": torch.zeros(3)}}
+    checkpoint.save(tmp_path / "file", "kind", state)
+    loaded = checkpoint.load(tmp_path / "file", "kind")
+    assert loaded["a.b"].tolist() == [1, 1]
+    assert loaded["a"]["b"].tolist() == [0, 0, 0]
+    with pytest.raises(ValueError, match="^state: expected keys that are strings, got 3$"):
+        checkpoint.save(tmp_path / "file", "kind", {3: 1})

@@ -733,3 +733,32 @@ def test_networks_in_a_dictionary_are_found_and_names_not_assigned_yet_are_no_tr
 def test_a_policy_that_returns_a_pair_is_refused_by_name(batch: Transitions, pair: tuple[nn.Module, nn.Module]) -> None:
     with pytest.raises(ValueError, match=re.escape("policy: expected a tensor of actions [12, 2], got tuple")):
         stacked_gradients(Critics(*pair, policy=lambda s: (s[:, :2], s[:, 0])), batch)
+
+
+def test_an_action_that_the_critic_does_not_have_is_told(make_critic: Callable[..., nn.Module]) -> None:
+    rows = torch.zeros(4, 3)
+    batch = Transitions(
+        observations=rows,
+        actions=[0, 1, 5, 2],
+        rewards=torch.zeros(4),
+        next_observations=rows,
+        terminals=torch.zeros(4),
+    )
+    q = make_critic(3, outputs=3)
+    with pytest.raises(ValueError, match=r"^actions: expected numbers from 0 to 2, as \w+ has them, got 0 to 5$"):
+        stacked_gradients(Critics(q, q), batch)
+
+
+def test_a_network_that_is_put_in_place_of_another_is_read_in_eval_mode(batch: Transitions) -> None:
+    class Agent:
+        q: nn.Module = nn.Linear(5, 1)
+
+    def value(observations: Tensor, actions: Tensor) -> Tensor:
+        output: Tensor = agent.q(torch.cat([observations, actions], dim=1).float())
+        return output
+
+    agent = Agent()
+    critics = Critics(value, value)
+    stacked_gradients(critics, batch)
+    agent.q = nn.Sequential(nn.Linear(5, 64), nn.Dropout(0.5), nn.Linear(64, 1))
+    assert torch.equal(stacked_gradients(critics, batch), stacked_gradients(critics, batch))

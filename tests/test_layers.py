@@ -33,6 +33,7 @@ LAYERS = {
     "collective": 0,
     "memory": 0,
     "scaling": 0,
+    "inference": 0,
     "trajectories": 0,
     "faiss_kmeans": 0,
     "kmeans": 0,

@@ -863,3 +863,19 @@ def test_what_no_jitter_makes_positive_definite_keeps_its_variances_alone(matrix
     assert bool((found >= expected * (1 - 1e-12)).all())
     assert bool((found <= expected * 100).all())
     assert bool(torch.isfinite(lower).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_fitted_in_float32(dtype: torch.dtype) -> None:
+    X = torch.randn(200, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = GaussianMixture(2).fit(X)
+    assert found.responsibilities.dtype == torch.float32
+    assert torch.equal(found.responsibilities, GaussianMixture(2).fit(X.float()).responsibilities)
+
+
+def test_a_start_of_more_components_is_refused_and_one_of_fewer_keeps_them() -> None:
+    X = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    found = GaussianMixture(4).fit(X)
+    with pytest.raises(ValueError, match="^initial: expected at most 2 components, got 4$"):
+        GaussianMixture(2).fit(X, initial=found)
+    assert GaussianMixture(6).fit(X, initial=found).weights.shape == (4,)

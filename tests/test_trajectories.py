@@ -99,6 +99,8 @@ def test_rows_have_one_number_exactly_if_they_are_of_one_trajectory(
             held[written % capacity], order[written % capacity] = (source, begun.get(source, 0)), written
             begun[source] = begun.get(source, 0) + end
             written += 1
+        if isinstance(ends, tuple):  # an environment that took no part begins anew
+            begun.update({source: count + 1 for source, count in begun.items() if source >= len(ends)})
         kept = min(capacity, len(ends))
         slots = torch.arange(written - kept, written) % capacity
         (trajectories.add if isinstance(ends, tuple) else trajectories.extend)(slots, torch.tensor(ends))
@@ -400,3 +402,26 @@ def test_without_replacement_there_are_no_tails() -> None:
     with pytest.raises(ValueError, match="^" + message):
         ClusteredReplayBuffer(10, trajectory_tail=True, replacement=False)
     ClusteredReplayBuffer(10, trajectory_tail=False, replacement=False)
+
+
+def test_tails_of_dissolved_clusters_do_not_depend_on_when_a_batch_was_drawn() -> None:
+    """Which rows were a trajectory's last members in a cluster is as it was when it was clustered."""
+    generator = torch.Generator().manual_seed(0)
+    r = nn.functional.one_hot(torch.randint(0, 3, (40,), generator=generator), 3).float()
+    r[:4] = torch.eye(3)[2]  # a third cluster of few rows
+    r[4:, 2] = 0
+    r[4:][r[4:].sum(dim=1) == 0] = torch.eye(3)[0]
+    distances = torch.rand(40, 3, generator=generator)
+    found = []
+    for before in (False, True):
+        sampler = SingleClusterSampler(generator=torch.Generator().manual_seed(1), assignment="hard")
+        sampler.extend(40)
+        numbers = torch.arange(40) // 20
+        sampler.assign(r, distances=distances, trajectories=(numbers, torch.arange(40)))
+        if before:
+            sampler.sample(6)
+        sampler.overwrite(torch.arange(6))
+        found.append(sampler.partition_for(6))
+    for one, other in zip(*found):
+        assert torch.equal(one, other)
+    assert len(found[0][0]) == 2

@@ -387,3 +387,30 @@ def test_replace_keeps_what_it_is_not_given(make_transitions: Callable[..., Tran
         batch.replace(rewards=batch.rewards / 0)
     with pytest.raises(ValueError, match="fields: expected names among observations, .*, got reward"):
         batch.replace(reward=batch.rewards)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1, None, 2, 3], "rewards: expected numbers in one shape, got list"),
+        ("abc", "rewards: expected numbers in one shape, got str"),
+        (np.array([1j, 2, 3, 4]), "rewards: expected real numbers, got torch.complex128"),
+    ],
+)
+def test_values_that_are_no_numbers_are_named(values: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(4).replace(rewards=values)
+
+
+def test_a_part_of_an_observation_that_is_no_array_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^observations\['words'\]: expected numbers in one shape, got list"):
+        Transitions(
+            observations={"words": ["a", "b"]}, actions=[0, 1], rewards=[0, 0], next_observations=0, terminals=[0, 0]
+        )
+
+
+def test_arrays_that_are_reversed_or_read_only_are_taken() -> None:
+    frozen = np.arange(4.0)
+    frozen.flags.writeable = False
+    for values in (np.arange(4.0)[::-1], frozen):
+        assert build(4).replace(rewards=values).rewards.tolist() == values.tolist()

@@ -74,14 +74,14 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
         keys: Keys = DEFAULT_KEYS,
         seed: int | None = None,
     ) -> None:
-        check_integer("n_clusters", n_clusters, minimum=1)
+        n_clusters = check_integer("n_clusters", n_clusters, minimum=1)
         if not callable(embedding):
             check_choice("embedding", embedding, tuple(EMBEDDINGS))
         if refresh is not None and not callable(refresh):
             fail("refresh", "a callable or None", repr(refresh))
         check_choice("assignment", assignment, ("soft", "hard"))
         if seed is not None:
-            check_integer("seed", seed, minimum=0)
+            seed = check_integer("seed", seed, minimum=0)
         self._generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
         self.n_clusters = n_clusters
         self.keys = keys
