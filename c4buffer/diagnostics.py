@@ -19,7 +19,7 @@ from .losses.covariance import decompose_cross_covariance
 from .losses.value_ensemble import ensemble_spread
 from .networks import modules_behind
 from .partition import check_responsibilities
-from .transitions import Observations, Transitions
+from .transitions import Observations, Transitions, map_observations
 
 NEARLY_ONE = 1e-3  # a direction that was normalised in float16 is still of length one
 
@@ -196,9 +196,9 @@ def _observation_1(critics: Critics, read: Read, parts: list[tuple[int, int]], d
         for start, stop in parts:
             batch = read(start, stop)
             with torch.no_grad():
-                next_q = _mean(member_values(critics.target, *critics.next_inputs(batch), name="target"))
+                next_q = _mean(member_values(critics.target, *_floating(*critics.next_inputs(batch)), name="target"))
             with torch.enable_grad():
-                q = _mean(member_values(critics.critic, *critics.inputs(batch)))
+                q = _mean(member_values(critics.critic, *_floating(*critics.inputs(batch))))
             ahead = discounts[start:stop] * (1 - batch.terminals.to(next_q)) * next_q
             deltas.append(batch.rewards.to(ahead) + ahead - q.detach())
             if trained and q.requires_grad:
@@ -213,6 +213,11 @@ def _observation_1(critics: Critics, read: Read, parts: list[tuple[int, int]], d
         "variance_cosine": _cosine(weighted, weighted - of_mean),
         "mean_cosine": _cosine(weighted, of_mean),
     }
+
+
+def _floating(observations: Observations, actions: Tensor) -> tuple[Observations, Tensor]:
+    """Images as numbers, as they are where gradients are taken."""
+    return map_observations(lambda leaf: leaf if leaf.is_floating_point() else leaf.float(), observations), actions
 
 
 def _spread_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec
 
@@ -61,7 +62,7 @@ def training_curves(runs: Mapping[str, History], *, largest_return: float | None
         largest_return: the largest discounted return in the data, drawn as a line that an honest Q stays near.
     """
     figure, (q_axes, loss_axes, score_axes) = _figure(3, width=13.5, height=3.9)
-    for (name, run), colour in zip(runs.items(), RUN_COLOURS):
+    for (name, run), colour in zip(runs.items(), itertools.cycle(RUN_COLOURS)):
         q_axes.plot(run["updates"], run["mean_q"], color=colour, label=name)
         loss_axes.plot(run["updates"], run["td_loss"], color=colour, label=name)
         score_axes.plot(run["evaluated"], run["scores"], color=colour, label=name, marker="o", markersize=4)
@@ -83,7 +84,7 @@ def cross_covariance_split(runs: Mapping[str, History]) -> Figure:
         runs: by name: `updates`, `total`, `within`, `between` and `correlation` [T].
     """
     figure, axes = _figure(len(runs) + 1, width=4.5 * (len(runs) + 1), height=3.9)
-    for panel, (name, run), colour in zip(axes, runs.items(), RUN_COLOURS):
+    for panel, (name, run), colour in zip(axes, runs.items(), itertools.cycle(RUN_COLOURS)):
         panel.plot(run["updates"], run["total"], color="#111827", label=r"total $\|C\|_F$")
         panel.plot(run["updates"], run["within"], color="#e69f00", label=r"within $\|E[C_Z]\|_F$")
         panel.plot(run["updates"], run["between"], color="#0072b2", label=r"between $\|Cov(\mu'_Z, \mu_Z)\|_F$")
@@ -168,7 +169,7 @@ def gradient_space(
         if y.ndim != 2 or len(r) != len(y):
             fail("responsibilities", f"[N, K] with N = {len(y)}", shape_of(r))
         points, explained = _principal_plane(y)
-        labels = r.argmax(dim=1)
+        labels = r.argmax(dim=1).cpu()
         limits = torch.quantile(points, torch.tensor([0.005, 0.995], dtype=points.dtype), dim=0)
         for z in range(r.shape[1]):
             here = points[labels == z]

@@ -109,10 +109,10 @@ class Transitions:
         if not rewards.is_floating_point():
             rewards = rewards.to(torch.get_default_dtype())
         check_finite("rewards", rewards)
-        terminals = _as_flags("terminals", terminals, rows, like=rewards)
+        terminals = as_flags("terminals", terminals, rows, like=rewards)
         if timeouts is None:
             timeouts = torch.zeros_like(rewards)
-        timeouts = _as_flags("timeouts", timeouts, rows, like=rewards)
+        timeouts = as_flags("timeouts", timeouts, rows, like=rewards)
         if not terminals[-1] and not timeouts[-1]:
             timeouts = timeouts.clone()
             timeouts[-1] = 1
@@ -133,7 +133,7 @@ class Transitions:
             has_next_actions = (
                 torch.ones_like(rewards)
                 if has_next_actions is None
-                else _as_flags("has_next_actions", has_next_actions, rows, like=rewards)
+                else as_flags("has_next_actions", has_next_actions, rows, like=rewards)
             )
         self._set(
             observations=observations,
@@ -252,7 +252,8 @@ def _link_actions(actions: Tensor, terminals: Tensor, timeouts: Tensor, interval
     return actions[torch.where(linked, ahead, here)], linked.to(terminals.dtype)
 
 
-def _as_tensor(argument: str, value: Any) -> Tensor:
+def as_tensor(argument: str, value: Any) -> Tensor:
+    """A tensor, an array or a list of real numbers as a tensor; the error names the argument."""
     if isinstance(value, Tensor):
         tensor = value
     else:
@@ -269,11 +270,11 @@ def _as_tensor(argument: str, value: Any) -> Tensor:
 
 def _as_observations(argument: str, value: Any) -> Observations:
     if isinstance(value, Mapping):
-        observations: Observations = {key: _as_tensor(f"{argument}[{key!r}]", leaf) for key, leaf in value.items()}
+        observations: Observations = {key: as_tensor(f"{argument}[{key!r}]", leaf) for key, leaf in value.items()}
     elif isinstance(value, tuple):
-        observations = tuple(_as_tensor(f"{argument}[{place}]", leaf) for place, leaf in enumerate(value))
+        observations = tuple(as_tensor(f"{argument}[{place}]", leaf) for place, leaf in enumerate(value))
     else:
-        observations = _as_tensor(argument, value)
+        observations = as_tensor(argument, value)
     leaves = observation_leaves(observations)
     if not leaves:
         fail(argument, "at least one tensor", "an empty structure")
@@ -305,7 +306,7 @@ def _check_same_form(
 
 
 def _as_actions(argument: str, value: Any, rows: int) -> Tensor:
-    actions = _as_tensor(argument, value)
+    actions = as_tensor(argument, value)
     if actions.is_floating_point():
         if actions.ndim != 2:
             fail(
@@ -324,7 +325,7 @@ def _as_actions(argument: str, value: Any, rows: int) -> Tensor:
 
 
 def _as_scalars(argument: str, value: Any, rows: int) -> Tensor:
-    scalars = _as_tensor(argument, value)
+    scalars = as_tensor(argument, value)
     if scalars.ndim == 2 and scalars.shape[1] == 1:
         scalars = scalars.squeeze(1)
     if scalars.ndim != 1:
@@ -334,7 +335,8 @@ def _as_scalars(argument: str, value: Any, rows: int) -> Tensor:
     return scalars
 
 
-def _as_flags(argument: str, value: Any, rows: int, *, like: Tensor) -> Tensor:
+def as_flags(argument: str, value: Any, rows: int, *, like: Tensor) -> Tensor:
+    """[N] or [N, 1] of zeros and ones as [N] in the dtype of `like`; the error names the argument."""
     flags = _as_scalars(argument, value, rows).to(like)
     if bool((flags * (flags - 1)).any()):
         wrong = ((flags != 0) & (flags != 1)).nonzero()

@@ -198,3 +198,25 @@ def test_episodes_that_differ_in_form_are_refused(three: Any) -> None:
     with pytest.raises(ValueError, match=r"^parts: expected the form of observations"):
         load_minari(three, observations=widths)
     assert isinstance(load_minari(three), Transitions)
+
+
+def test_a_part_without_an_axis_of_its_own_is_named_and_can_be_given_one() -> None:
+    def facing(count: np.ndarray) -> dict[str, np.ndarray]:
+        return {"direction": count % 4, "place": np.stack([count, 10.0 * count], axis=1)}
+
+    dataset = stored(
+        episode(0, 2, observe=facing), observation_space=spaces.Dict({"direction": spaces.Discrete(4), "place": LINE})
+    )
+    with pytest.raises(ValueError, match=r"^episode 0: observations\['direction'\]: expected \[T \+ 1, \.\.\.\]"):
+        load_minari(dataset)
+    data = load_minari(dataset, observations=lambda given: {**given, "direction": np.eye(4)[given["direction"]]})
+    assert isinstance(data.observations, dict)
+    assert data.observations["direction"].tolist() == [[1, 0, 0, 0], [0, 1, 0, 0]]
+
+
+def test_arrays_that_are_read_only_are_taken(three: Any) -> None:
+    def frozen(given: np.ndarray) -> np.ndarray:
+        given.flags.writeable = False
+        return given
+
+    assert len(load_minari(three, observations=frozen)) == 7

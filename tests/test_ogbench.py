@@ -91,3 +91,34 @@ def test_a_field_of_another_length_is_named(name: str) -> None:
     fields = compact()
     with pytest.raises(ValueError, match=rf"^{name}: expected 7 rows, as many as terminals, got 6$"):
         load_ogbench(fields | {name: fields[name][:-1]})
+
+
+@pytest.mark.parametrize("form", [states, compact, regular])
+def test_columns_of_scalars_do_as_well(form: Any) -> None:
+    fields = form()
+    columns = {name: fields[name][:, None] for name in ("terminals", "masks", "valids", "rewards") if name in fields}
+    one, other = load_ogbench(fields), load_ogbench(fields | columns)
+    for (name, expected), (_, found) in zip(one.columns(), other.columns()):
+        assert torch.equal(found, expected), name
+
+
+@pytest.mark.parametrize("form", [compact, regular])
+@pytest.mark.parametrize("name", ["terminals", "masks"])
+def test_flags_that_are_none_are_named(form: Any, name: str) -> None:
+    fields = form()
+    fields[name][1] = 2
+    with pytest.raises(ValueError, match=rf"^{name}: expected 0 or 1, got 2.0 in row 1$"):
+        load_ogbench(fields)
+
+
+def test_no_rows_are_told() -> None:
+    for form in (states, regular):
+        with pytest.raises(ValueError, match="^observations: expected at least one transition, got none$"):
+            load_ogbench({name: column[:0] for name, column in form().items()})
+
+
+def test_double_precision_becomes_the_default_dtype() -> None:
+    fields = {name: column.astype(np.float64) for name, column in regular().items()}
+    data = load_ogbench(fields)
+    assert isinstance(data.observations, Tensor)
+    assert {data.observations.dtype, data.actions.dtype, data.rewards.dtype} == {torch.float32}

@@ -75,3 +75,12 @@ def test_the_users_settings_are_left_alone() -> None:
     before = dict(mpl.rcParams)
     plots.training_curves({"C4": RUN})
     assert dict(mpl.rcParams) == before
+
+
+def test_more_runs_than_colours_are_all_drawn() -> None:
+    run = {name: [1.0, 2.0] for name in ("updates", "mean_q", "td_loss", "evaluated", "scores")}
+    figure = plots.training_curves({f"run {i}": run for i in range(7)})
+    assert len(figure.axes[0].lines) == 7
+    split = {name: [1.0, 2.0] for name in ("updates", "total", "within", "between", "correlation")}
+    figure = plots.cross_covariance_split({f"run {i}": split for i in range(7)})
+    assert all(len(panel.lines) for panel in figure.axes)

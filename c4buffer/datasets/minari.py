@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from .._checks import fail
+from .._checks import fail, shape_of
 from ..transitions import Observations, Transitions, map_observations
+from .arrays import as_network_input
 
 
 def load_minari(
@@ -57,21 +57,27 @@ def _transitions_of(episode: Any, observations: Callable[[Any], Any] | None) -> 
         actions=_tensor_of("actions", episode.actions),
         rewards=_tensor_of("rewards", episode.rewards),
         next_observations=map_observations(lambda leaf: leaf[1:], kept),
-        terminals=torch.as_tensor(episode.terminations),
-        timeouts=torch.as_tensor(episode.truncations),
+        terminals=_tensor_of("terminations", episode.terminations),
+        timeouts=_tensor_of("truncations", episode.truncations),
     )
 
 
 def _tensors_of(observations: Any) -> Observations:
     if isinstance(observations, dict):
-        return {key: _tensor_of(f"observations[{key!r}]", leaf) for key, leaf in observations.items()}
+        return {key: _rows_of(f"observations[{key!r}]", leaf) for key, leaf in observations.items()}
     if isinstance(observations, tuple):
-        return tuple(_tensor_of(f"observations[{place}]", leaf) for place, leaf in enumerate(observations))
-    return _tensor_of("observations", observations)
+        return tuple(_rows_of(f"observations[{place}]", leaf) for place, leaf in enumerate(observations))
+    return _rows_of("observations", observations)
+
+
+def _rows_of(field: str, values: Any) -> Tensor:
+    rows = _tensor_of(field, values)
+    if rows.ndim < 2:
+        fail(field, "[T + 1, ...] with at least one axis more (choose or change with observations=)", shape_of(rows))
+    return rows
 
 
 def _tensor_of(field: str, values: Any) -> Tensor:
     if not isinstance(values, np.ndarray | Tensor):
         fail(field, "one array of numbers", type(values).__name__)
-    tensor = torch.as_tensor(values)
-    return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
+    return as_network_input(field, values)

@@ -35,7 +35,7 @@ from c4buffer._checks import fail
 
 from .active_config import ACTIVEConfig
 from .active_networks import PolicyDensity, new_value_functions
-from .batches import UniformBatches
+from .batches import UniformBatches, call_of_fitter
 from .dataset import stored_transitions_of
 
 DENSITY = {"min_logstd": -5.0, "max_logstd": 2.0, "use_std_parameter": True}  # of the policy, as IQL's in d3rlpy
@@ -95,14 +95,18 @@ class ACTIVE(QLearningAlgoBase["ACTIVEImpl", ACTIVEConfig]):
     def fitter(self, dataset: Any, *arguments: Any, **options: Any) -> Iterator[tuple[int, dict[str, float]]]:
         """d3rlpy's `fitter`, with batches from the dataset's columns; before the first, H_D is estimated if need be.
 
-        Of a MixedReplayBuffer or a subclass's, and where C4 draws the batches, they are taken as they come.
+        A MixedReplayBuffer's, those of a class with a sampling of its own, and C4's, are taken as they come.
 
         Raises:
             ValueError: for discrete actions.
         """
         _check_continuous(dataset)
         view = copy.copy(dataset)
-        drawn_elsewhere = type(dataset) is not ReplayBuffer or "sample_transition_batch" in vars(dataset)
+        drawn_elsewhere = (
+            isinstance(dataset, MixedReplayBuffer)
+            or type(dataset).sample_transition_batch is not ReplayBuffer.sample_transition_batch
+            or "sample_transition_batch" in vars(dataset)
+        )
         batches: Any = None
 
         def sample(batch_size: int) -> Any:
@@ -114,7 +118,8 @@ class ACTIVE(QLearningAlgoBase["ACTIVEImpl", ACTIVEConfig]):
             return batches.sample(batch_size)
 
         view.sample_transition_batch = sample
-        yield from super().fitter(view, *arguments, **options)
+        call = call_of_fitter(self, dataset, view, arguments, options)
+        yield from super().fitter(*call.args, **call.kwargs)
 
     def update(self, batch: Any) -> dict[str, float]:
         """d3rlpy's `update`; a TorchMiniBatch is taken as it is, on the device and scaled."""

@@ -72,24 +72,30 @@ class ACTIVEConfig(LearnableConfig):
 
     def __post_init__(self) -> None:
         check_choice("value_loss", self.value_loss, ("expectile", "sparse"))
-        check_integer("n_members", self.n_members, minimum=1)
-        check_integer("n_critics", self.n_critics, minimum=1)
-        check_fraction("tau", self.tau, open_ends=True)
-        if check_number("eta", self.eta, minimum=0, exclusive=True) > 1:
+        self.n_members = check_integer("n_members", self.n_members, minimum=1)
+        self.n_critics = check_integer("n_critics", self.n_critics, minimum=1)
+        self.tau = check_fraction("tau", self.tau, open_ends=True)
+        self.eta = check_number("eta", self.eta, minimum=0, exclusive=True)
+        if self.eta > 1:
             fail("eta", "a number above 0 and at most 1", repr(self.eta))
-        check_number("alpha", self.alpha, minimum=0, exclusive=True)
-        check_number("q_weight", self.q_weight, minimum=0)
+        self.alpha = check_number("alpha", self.alpha, minimum=0, exclusive=True)
+        self.q_weight = check_number("q_weight", self.q_weight, minimum=0)
         target = self.likelihood_target
         if isinstance(target, str):
             check_choice("likelihood_target", target, ("auto",))
         elif target is not None and (isinstance(target, bool) or not math.isfinite(target)):
             fail("likelihood_target", "a finite number, 'auto' or None", repr(target))
-        check_number("beta_learning_rate", self.beta_learning_rate, minimum=0)
+        elif target is not None:
+            self.likelihood_target = float(target)
+        self.beta_learning_rate = check_number("beta_learning_rate", self.beta_learning_rate, minimum=0)
         if self.max_beta is not None:
-            check_number("max_beta", self.max_beta, minimum=0, exclusive=True)
-        if check_number("initial_beta", self.initial_beta, minimum=0) > (self.max_beta or math.inf):
+            self.max_beta = check_number("max_beta", self.max_beta, minimum=0, exclusive=True)
+        self.initial_beta = check_number("initial_beta", self.initial_beta, minimum=0)
+        if self.initial_beta > (self.max_beta or math.inf):
             fail("initial_beta", f"at most max_beta, {self.max_beta!r}", repr(self.initial_beta))
         VEnsembleAdvantage(quantile=self.quantile, temperature=self.temperature, max_weight=self.max_weight)
+        for name in ("quantile", "temperature", "max_weight"):
+            setattr(self, name, float(getattr(self, name)))
 
     def make_controller(self, process_group: Any = None) -> TemperatureController:
         """The temperature of these settings, its target None where it is still to be estimated."""

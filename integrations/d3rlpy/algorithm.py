@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import functools
-import inspect
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -45,7 +44,7 @@ from c4buffer import ClusteredReplayBuffer, Clusterer, CovariancePenalty, Critic
 from c4buffer._checks import fail
 
 from .active import ACTIVE
-from .batches import Batches, MixedBatches
+from .batches import Batches, MixedBatches, call_of_fitter
 from .config import C4Config
 from .dataset import from_mini_batch
 from .graphs import capture_twice
@@ -158,6 +157,11 @@ class C4Algorithm(QLearningAlgoBase):
         """The same for the secondary of a MixedReplayBuffer."""
         return self._c4_batches.secondary.buffer if isinstance(self._c4_batches, MixedBatches) else None
 
+    @property
+    def c4_critics(self) -> Critics | None:
+        """The critics as they read the rows of `c4_buffer`, whose images are not scaled yet; None where that is."""
+        return None if self.c4_buffer is None else self._c4_batches.critics  # type: ignore[union-attr]
+
     def inner_create_impl(self, observation_shape: Any, action_size: int) -> None:
         super().inner_create_impl(observation_shape, action_size)
         _arm_impl(self._impl, self._c4_config)
@@ -171,10 +175,7 @@ class C4Algorithm(QLearningAlgoBase):
             self._c4_batches = Batches(dataset, self, saved=self._c4_saved)
         if dataset.transition_count == 0:
             fail("dataset", "at least one transition", "an empty dataset")
-        call = inspect.signature(super().fitter).bind(self._c4_view(dataset), *arguments, **options)
-        evaluators = call.arguments.get("evaluators")
-        if evaluators:
-            call.arguments["evaluators"] = {name: _of(dataset, evaluator) for name, evaluator in evaluators.items()}
+        call = call_of_fitter(self, dataset, self._c4_view(dataset), arguments, options)
         yield from super().fitter(*call.args, **call.kwargs)
 
     def fit_online(self, env: Any, buffer: Any = None, *arguments: Any, **options: Any) -> None:
@@ -319,11 +320,6 @@ def _arm_impl(impl: Any, config: C4Config) -> None:
     impl._c4_discrete = is_discrete(impl)
     impl._c4_shares = can_be_shared(impl.modules.q_funcs)
     capture_twice(impl)
-
-
-def _of(dataset: Any, evaluator: Callable[[Any, Any], float]) -> Callable[[Any, Any], float]:
-    """The evaluator, given the dataset itself: what it draws is no batch of the training's."""
-    return lambda algo, view: evaluator(algo, dataset)
 
 
 def _bare(subclass_of: Callable[[Any], type], base: Any) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from d3rlpy.algos import QLearningAlgoBase
 from d3rlpy.dataset import MixedReplayBuffer, ReplayBufferBase
 from d3rlpy.torch_utility import TorchMiniBatch
 
@@ -33,6 +34,21 @@ WARM_UPS = {"bcq": "rl_start_step", "plas": "warmup_steps", "plas_with_perturbat
 OWN_OPTIONS = ("capacity", "n_clusters", "seed")  # of the buffer, which the adapter gives
 SECOND = 0x7F4A7C15  # between the seeds of a mixed dataset's two buffers
 RANK = 0x9E3779B9  # and between those of one training's processes; of a seed, a CPU generator takes the lower 32 bits
+
+
+def call_of_fitter(algo: Any, dataset: Any, view: Any, arguments: Any, options: Any) -> inspect.BoundArguments:
+    """The arguments of d3rlpy's `fitter` for a view of the dataset, whose evaluators are given the dataset itself.
+
+    What an evaluator draws is no batch of the training's.
+    """
+    call = inspect.signature(functools.partial(QLearningAlgoBase.fitter, algo)).bind(view, *arguments, **options)
+    evaluators = call.arguments.get("evaluators") or {}
+
+    def of_dataset(evaluator: Callable[[Any, Any], float]) -> Callable[[Any, Any], float]:
+        return lambda algo, _: evaluator(algo, dataset)
+
+    call.arguments["evaluators"] = {name: of_dataset(evaluator) for name, evaluator in evaluators.items()}
+    return call
 
 
 class UniformBatches:
@@ -98,7 +114,7 @@ class Batches:
         if self._capacity is not None:
             self._follow(self.buffer)
         if not self._attached and self._can_cluster(batch_size):
-            self.buffer.attach(self._critics())
+            self.buffer.attach(self.critics)
             if self._warm_up > 0 and not self.buffer.clustered:  # whatever batch it is
                 self.buffer.refresh()
             self._attached = True
@@ -169,7 +185,8 @@ class Batches:
             **given,
         }
 
-    def _critics(self) -> Critics:
+    @property
+    def critics(self) -> Critics:
         """The algorithm's critics, shown images as they see them in training."""
         critics: Critics = self._algo.impl.c4_critics
         if not self._images:
@@ -205,6 +222,11 @@ class MixedBatches:
     def buffer(self) -> ClusteredReplayBuffer | None:
         """The primary's."""
         return self.primary.buffer
+
+    @property
+    def critics(self) -> Critics:
+        """As they read the primary's rows."""
+        return self.primary.critics
 
     def sample(self, batch_size: int) -> TorchMiniBatch:
         """d3rlpy's own shares: the primary's, rounded down, and the secondary's."""

@@ -58,18 +58,18 @@ class C4Config(LearnableConfig):
         if isinstance(self.base, C4Config):
             fail("base", "a config without C4", "a C4Config")
         if self.n_clusters != "auto":
-            check_integer("n_clusters", self.n_clusters, minimum=1)
+            self.n_clusters = check_integer("n_clusters", self.n_clusters, minimum=1)
         check_choice("embedding", self.embedding, ("gradients", "features"))
         if self.refresh_interval is not None:
-            check_integer("refresh_interval", self.refresh_interval, minimum=1)
-        check_number("penalty_weight", self.penalty_weight, minimum=0)
+            self.refresh_interval = check_integer("refresh_interval", self.refresh_interval, minimum=1)
+        self.penalty_weight = check_number("penalty_weight", self.penalty_weight, minimum=0)
         check_choice("penalty_kind", self.penalty_kind, ("gradient", "feature"))
         check_choice("penalty_scale", self.penalty_scale, ("raw", "relative", "correlation"))
-        check_integer("penalty_every", self.penalty_every, minimum=1)
-        check_number("trace_weight", self.trace_weight, minimum=0)
+        self.penalty_every = check_integer("penalty_every", self.penalty_every, minimum=1)
+        self.trace_weight = check_number("trace_weight", self.trace_weight, minimum=0)
         check_choice("next_action", self.next_action, ("dataset", "policy"))
         if self.seed is not None:
-            check_integer("seed", self.seed, minimum=0)
+            self.seed = check_integer("seed", self.seed, minimum=0)
         self._mirror_base()
 
     def _mirror_base(self) -> None:

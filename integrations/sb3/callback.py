@@ -40,9 +40,7 @@ class C4Callback(BaseCallback):
 
     def __init__(self, penalty: CovariancePenalty | None = None, *, penalty_every: int = 1, verbose: int = 0) -> None:
         super().__init__(verbose)
-        if penalty is not None and not callable(penalty):
-            fail("penalty", "a callable as CovariancePenalty(0.1), or None", repr(penalty))
-        self.penalty = penalty
+        self.penalty = _checked_penalty(penalty)
         self.penalty_every = check_integer("penalty_every", penalty_every, minimum=1)
 
     def _on_training_start(self) -> None:
@@ -69,11 +67,17 @@ def attached(model: Any, penalty: CovariancePenalty | None = None, *, penalty_ev
             model.train(gradient_steps=100, batch_size=256)
     """
     check_integer("penalty_every", penalty_every, minimum=1)
-    attach(model, penalty, penalty_every)
+    attach(model, _checked_penalty(penalty), penalty_every)
     try:
         yield model
     finally:
         detach(model)
+
+
+def _checked_penalty(penalty: Any) -> Any:
+    if penalty is not None and not callable(penalty):
+        fail("penalty", "a callable as CovariancePenalty(0.1), or None", repr(penalty))
+    return penalty
 
 
 def attach(model: Any, penalty: Any, penalty_every: int) -> None:

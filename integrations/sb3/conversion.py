@@ -16,7 +16,7 @@ from c4buffer.transitions import ends_of
 from .buffers import _Clustered
 
 
-def transitions_of(model: Any) -> Transitions:
+def transitions_of(model: Any, *, seen: bool = False) -> Transitions:
     """All rows of a model's replay buffer, as it got them: actions in the environment's units, nothing normalised.
 
     Oldest first, one environment after the other; where an environment's rows stop in the middle of an episode, or go
@@ -24,28 +24,28 @@ def transitions_of(model: Any) -> Transitions:
     of a hindsight buffer have the goals that they had. A memory-optimised buffer knows less: at an episode's end its
     next observation is the following episode's first, and when it is full one row of each environment is missing.
 
+    Args:
+        model: an off-policy model.
+        seen: as its networks see them, on its device: actions in [-1, 1], observations and rewards as a VecNormalize
+            has them by now. That is what `diagnose` wants beside `critics_of(model)`.
+
     Raises:
         ValueError: for a model without a replay buffer, and for one that has seen nothing.
     """
     columns = _columns(model)
-    if isinstance(model.action_space, spaces.Box):
+    if not isinstance(model.action_space, spaces.Box):
+        columns["actions"] = columns["actions"].reshape(-1).astype(np.int64)
+    elif not seen:
         shape = (-1, *model.action_space.shape)
         unscaled = model.policy.unscale_action(columns["actions"].reshape(shape))
         columns["actions"] = unscaled.reshape(len(unscaled), -1)
-    else:
-        columns["actions"] = columns["actions"].reshape(-1).astype(np.int64)
-    return Transitions(**columns)
-
-
-def seen_actions(model: Any) -> Transitions:
-    """The same rows as the policy sees them, on the model's device: normalised observations, actions in [-1, 1].
-
-    For their observations and actions alone: next observations are the observations.
-    """
-    columns, normalizing = _columns(model), model.get_vec_normalize_env()
+    if not seen:
+        return Transitions(**columns)
+    normalizing = model.get_vec_normalize_env()
     if normalizing is not None:
-        columns["observations"] = normalizing.normalize_obs(columns["observations"])
-    columns["next_observations"] = columns["observations"]
+        for name in ("observations", "next_observations"):
+            columns[name] = normalizing.normalize_obs(columns[name])
+        columns["rewards"] = normalizing.normalize_reward(columns["rewards"]).astype(np.float32)
     return Transitions(**columns).to(model.device)
 
 

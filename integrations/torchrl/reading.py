@@ -20,8 +20,14 @@ Q_NETWORKS = ("qvalue_network", "value_network")
 class _Q:
     """A Q-network with parameters of its own: `(observations, actions) -> [n, B, 1]` or `observations -> [n, B, A]`."""
 
-    def __init__(self, network: Any, parameters: Any, output: Key, action: Key) -> None:
-        self.network, self.parameters, self.output, self.action = network, parameters, output, action
+    def __init__(self, loss: Any, name: str, parameters: str, output: Key, action: Key) -> None:
+        self.network, self.output, self.action = getattr(loss, name), output, action
+        self._loss, self._parameters = loss, parameters
+
+    @property
+    def parameters(self) -> Any:
+        """As the loss has them now: without delayed targets it makes new ones of them when it is moved."""
+        return getattr(self._loss, self._parameters)
 
     def __call__(self, observations: Observations, actions: Tensor | None = None) -> Tensor:
         batch = _input_of(self.network, observations, self.action)
@@ -33,9 +39,10 @@ class _Q:
                 found: Tensor = self.network(batch.clone(False)).get(self.output)
             return found if actions is None else found.mean(dim=-1, keepdim=True)  # of quantiles
 
-        if not self.parameters.batch_size:  # no ensemble
-            return value(self.parameters)
-        values: Tensor = torch.vmap(value, randomness="same")(self.parameters)
+        parameters = self.parameters
+        if not parameters.batch_size:  # no ensemble
+            return value(parameters)
+        values: Tensor = torch.vmap(value, randomness="same")(parameters)
         return values
 
 
@@ -43,14 +50,14 @@ class _Policy:
     """The deterministic, or the most likely, action of a loss's actor, with the target's parameters."""
 
     def __init__(self, loss: Any, action: Key) -> None:
-        self.network, self.parameters, self.action = loss.actor_network, loss.target_actor_network_params, action
+        self.network, self.action, self._loss = loss.actor_network, action, loss
 
     def __call__(self, observations: Observations) -> Tensor:
         batch = _input_of(self.network, observations, self.action)
         with (
             torch.no_grad(),
             set_exploration_type(ExplorationType.DETERMINISTIC),
-            self.parameters.to_module(self.network, preserve_module_state=False),
+            self._loss.target_actor_network_params.to_module(self.network, preserve_module_state=False),
         ):
             return discrete_or_not(self.network(batch).get(self.action))
 
@@ -91,7 +98,7 @@ def critics_of(loss: LossModule, *, next_action: str = "policy") -> Critics:
     output = next((key for key in keys if key in network.out_keys), None)
     if output is None:
         fail("loss", "one of TorchRL's losses with a Q-network", f"{type(loss).__name__} with values of states alone")
-    critic, target = (_Q(network, getattr(loss, f"{which}{name}_params"), output, action) for which in ("", "target_"))
+    critic, target = (_Q(loss, name, f"{which}{name}_params", output, action) for which in ("", "target_"))
     if next_action == "dataset":
         return Critics(critic, target)
     if getattr(loss, "actor_network", None) is not None:

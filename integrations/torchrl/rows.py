@@ -129,14 +129,14 @@ def tensordict_of(transitions: Transitions, keys: Keys = DEFAULT_KEYS) -> Tensor
 
 
 def stored(storage: Storage, rows: Tensor, keys: Keys, transform: Callable[[Any], Any] | None) -> Transitions:
-    """Rows [M] of a storage, each a' that of the row that starts where this one ends, where it goes on.
+    """Rows [M] of a storage, each a' that of the row `intervals` on, where that starts where this one ends.
 
-    A storage of several axes [T, E, ...] is read as [T * E * ...]: a row's successor is E * ... rows on.
+    A storage of several axes [T, E, ...] is read as [T * E * ...]: one row on is E * ... rows there.
     """
     found = _read(storage, rows, keys, transform)
     if bool(found.has_next_actions.all()):
         return found
-    after = rows + (math.prod(storage.shape[1:]) if storage.ndim > 1 else 1)
+    after = rows + found.intervals.long().cpu() * (math.prod(storage.shape[1:]) if storage.ndim > 1 else 1)
     within = after < len(storage)
     ahead = _read(storage, torch.where(within, after, rows), keys, transform)
     goes_on = within.to(found.rewards.device) & (found.terminals + found.timeouts == 0)
@@ -192,5 +192,10 @@ def discrete_or_not(actions: Tensor) -> Tensor:
     if actions.is_floating_point():
         return actions
     if actions.ndim == 2 and actions.shape[1] > 1:
-        return actions.long().argmax(dim=1)
+        places = actions.long()
+        if not (actions.is_cuda or torch.compiler.is_compiling()) and bool(
+            ((places != 0).sum(dim=1) != 1).any() or (places.sum(dim=1) != 1).any()
+        ):
+            fail("action", "one action a row: floats, integers [B] or [B, 1], or one-hot [B, n]", "several integers")
+        return places.argmax(dim=1)
     return actions.reshape(len(actions)).long()

@@ -198,6 +198,7 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
         """All that the batches to come depend on but the critics: clusters, generator, counters."""
         report = self._last_report
         state = {
+            "options": self._options(),
             "rows": self._rows.state(),
             "clusterer": self._clusterer.state_dict(),
             "batches": self._batches,
@@ -214,6 +215,9 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
         """
         before = self._clusterer.state_dict()
         try:
+            for name, value in self._options().items():
+                if state_dict["options"][name] != value:
+                    fail(name, f"{state_dict['options'][name]!r}, as in the state", repr(value))
             rows = self._new_rows(torch.Generator())
             rows.restore(state_dict["rows"])
             report = state_dict["report"]
@@ -255,6 +259,11 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
     def _rng(self, generator: torch.Generator | None) -> None:
         if generator is not None and generator.device.type == "cpu":
             self._generator.set_state(generator.get_state())  # the clusterer draws from it, too
+
+    def _options(self) -> dict[str, Any]:
+        """Those that the meaning of a state depends on."""
+        embedding = self._embedding if isinstance(self._embedding, str) else "the caller's own"
+        return {"n_clusters": self.n_clusters, "max_dim": self._clusterer.max_dim, "embedding": embedding}
 
     def _empty(self) -> None:
         """Nothing is held any more."""

@@ -408,6 +408,19 @@ def test_rewards_and_observations_are_scaled_as_the_algorithm_says() -> None:
         assert (batch.actions[:, None] == expected.actions[None]).all(dim=2).any(dim=1).all()
 
 
+def test_a_subclass_that_samples_as_the_host_does_is_drawn_from_as_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    dataset = d3rlpy.dataset.MDPDataset(
+        observations=generator.normal(size=(40, 3)).astype(np.float32),
+        actions=generator.uniform(-1, 1, size=(40, 2)).astype(np.float32),
+        rewards=generator.normal(size=40).astype(np.float32),
+        terminals=(np.arange(40) % 10 == 9).astype(np.float32),
+    )
+    slow = d3rlpy.dataset.ReplayBuffer
+    monkeypatch.setattr(slow, "sample_transition_batch", lambda *_: pytest.fail("one transition at a time is slow"))
+    active(likelihood_target=-1.0).create().fit(dataset, n_steps=3, n_steps_per_epoch=3, **QUIET)
+
+
 def test_a_subclass_of_the_hosts_buffer_goes_on_drawing_its_own_batches() -> None:
     calls: list[int] = []
 

@@ -10,7 +10,7 @@ import d3rlpy
 import numpy as np
 import pytest
 import torch
-from c4buffer.integrations.d3rlpy import C4Config, critics_of, measure, measuring, transitions_of
+from c4buffer.integrations.d3rlpy import ACTIVEConfig, C4Config, critics_of, measure, measuring, transitions_of
 from d3rlpy.algos import (
     BCQConfig,
     BEARConfig,
@@ -85,9 +85,18 @@ def test_what_is_changed_in_the_base_later_is_saved_and_loaded(tmp_path: Path) -
     assert loaded.config.base.batch_size == loaded.config.batch_size == 32
 
 
-def test_an_evaluator_is_given_the_dataset_itself() -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        C4Config(base=small(TD3Config), n_clusters=2, seed=0),
+        small(ACTIVEConfig, likelihood_target=-1.0),
+        C4Config(base=small(ACTIVEConfig, likelihood_target=-1.0), n_clusters=2, seed=0),
+    ],
+    ids=["C4", "ACTIVE", "both"],
+)
+def test_an_evaluator_is_given_the_dataset_itself(config: Any) -> None:
     dataset = dataset_of(episodes(10))
-    algo = C4Config(base=small(TD3Config), n_clusters=2, seed=0).create()
+    algo = config.create()
     seen = []
 
     def evaluator(trained: Any, given: Any) -> float:

@@ -38,7 +38,7 @@ from d3rlpy.preprocessing import (
 )
 from torch import multiprocessing
 
-from c4buffer import Transitions, stacked_gradients
+from c4buffer import Transitions, diagnose, stacked_gradients
 
 from .test_d3rlpy import (
     ALL,
@@ -544,3 +544,26 @@ def test_a_pickle_is_read_by_another_process(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path / "algo.pkl")]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["C4DQN", "5"]
+
+
+@pytest.mark.parametrize("config", [TD3PlusBCConfig, DQNConfig])
+def test_diagnose_reads_a_buffer_of_images_as_the_networks_see_them(config: type) -> None:
+    dataset = dataset_of(image_episodes(discrete=config in DISCRETE))
+    algo = built(C4Config(base=pixel_config(config), n_clusters=2, seed=0), dataset)
+    assert algo.c4_critics is None
+    algo.fit(dataset, n_steps=2, n_steps_per_epoch=2, **QUIET)
+    found = diagnose(algo.c4_critics, algo.c4_buffer)
+    r = algo.c4_buffer.responsibilities
+    expected = diagnose(critics_of(algo), transitions_of(dataset, algo), responsibilities=r)
+    for name in ("td_mean", "td_variance", "variance_cosine", "total", "gradient_norm"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-4), name
+
+
+@pytest.mark.parametrize("config", [C4Config, ACTIVEConfig])
+def test_numbers_of_numpy_are_saved_as_numbers(config: Any) -> None:
+    fields: dict[str, Any] = {"likelihood_target": np.float32(-1.5), "n_members": np.int64(3), "alpha": np.float32(0.5)}
+    if config is C4Config:
+        fields = {"base": small(TD3PlusBCConfig), "n_clusters": np.int64(4), "penalty_weight": np.float32(0.25)}
+    read = config.deserialize(config(**fields).serialize())
+    for name, value in fields.items():
+        assert name == "base" or getattr(read, name) == value

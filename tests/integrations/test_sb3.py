@@ -710,3 +710,12 @@ def test_a_pickled_buffer_holds_no_networks() -> None:
     model.replay_buffer.sample(16)
     assert len(pickle.dumps(model.replay_buffer)) < plain + 500
     model.replay_buffer.unbind()
+
+
+def test_a_penalty_that_is_none_is_named() -> None:
+    model = clustered(SAC)
+    with (
+        pytest.raises(ValueError, match=r"^penalty: expected a callable as .*, or None, got 0.1$"),
+        attached(model, 0.1),  # type: ignore[arg-type]
+    ):
+        pass

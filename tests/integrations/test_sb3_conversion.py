@@ -21,7 +21,7 @@ from c4buffer.integrations.sb3 import (
     transitions_of,
 )
 from gymnasium import spaces
-from stable_baselines3 import DQN, PPO, SAC
+from stable_baselines3 import DQN, SAC, TD3
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
@@ -51,7 +51,7 @@ def test_what_is_filled_in_comes_out(discrete: bool) -> None:
 def test_diagnose_reads_a_model(discrete: bool) -> None:
     model = offline_model(DQN if discrete else SAC)
     fill_replay_buffer(model, data(discrete=discrete))
-    transitions = transitions_of(model)
+    transitions = transitions_of(model, seen=True)
     found = diagnose(critics_of(model), transitions)
     target_g, g = stacked_gradients(critics_of(model), transitions).double().chunk(2, dim=1)
     c = (target_g - target_g.mean(dim=0)).T @ (g - g.mean(dim=0)) / len(g)
@@ -337,30 +337,15 @@ def test_a_file_of_another_action_box_and_many_environments(tmp_path: Path) -> N
             super().__init__()
             self.action_space = spaces.Box(-2, 5, (2,), dtype=np.float32)
 
-    save_replay_buffer(model_of(SAC).learn(30), tmp_path / "buffer")
-    with pytest.raises(ValueError, match="path: expected the file of a replay buffer with .*action_space"):
-        load_replay_buffer(model_of(SAC, Wide()), tmp_path / "buffer")
-
-    def goals() -> Any:
-        env = DummyVecEnv([lambda: BitFlippingEnv(continuous=True)] * 8)
-        options = {"policy": "MultiInputPolicy", "replay_buffer_class": HerReplayBuffer, "buffer_size": 64}
-        return model_of(SAC, env, learning_starts=1000, **options)
-
-    model, other = goals().learn(32), goals()
-    save_replay_buffer(model, tmp_path / "goals")
-    load_replay_buffer(other, tmp_path / "goals", truncate_last_traj=False)
-    np.testing.assert_array_equal(other.replay_buffer._current_ep_start, model.replay_buffer._current_ep_start)
-
-
-def test_models_without_a_buffer_and_empty_ones_are_refused(tmp_path: Path) -> None:
-    on_policy = PPO("MlpPolicy", Toy(), device="cpu")
-    for call in (transitions_of, lambda model: save_replay_buffer(model, tmp_path / "x")):
-        with pytest.raises(ValueError, match="model: expected an off-policy model, which has a replay buffer, got PPO"):
-            call(on_policy)
-    with pytest.raises(ValueError, match="model: expected a replay buffer with at least one row"):
-        transitions_of(offline_model(SAC))
-    with pytest.raises(ValueError, match="model: expected one with a replay buffer .* got PPO with none"):
-        fill_replay_buffer(on_policy, data())
-    two_steps = data().replace(intervals=torch.full((300,), 2))
-    with pytest.raises(ValueError, match="transitions: expected single steps"):
-        fill_replay_buffer(offline_model(SAC), two_steps)
+    env = VecNormalize(DummyVecEnv([Wide]))
+    model = model_of(TD3, env)
+    model.learning_starts = 100_000
+    model.learn(60)
+    found = transitions_of(model, seen=True)
+    samples = model.replay_buffer._get_samples(np.arange(60), env=env)
+    assert torch.equal(found.observations, samples.observations)
+    assert torch.equal(found.next_observations, samples.next_observations)
+    assert torch.equal(found.actions, samples.actions)
+    torch.testing.assert_close(found.rewards, samples.rewards.squeeze(1))
+    assert torch.equal(found.terminals, samples.dones.squeeze(1))
+    assert not torch.allclose(found.actions, transitions_of(model).actions)

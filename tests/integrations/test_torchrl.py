@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from c4buffer.integrations.torchrl import ClusterSampler, Keys, critics_of, tensordict_of, transitions_of
+from c4buffer.integrations.torchrl.rows import DEFAULT_KEYS, stored
 from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from torchrl.data import (
     ReplayBuffer,
     TensorDictReplayBuffer,
 )
+from torchrl.envs.transforms import MultiStepTransform
 from torchrl.modules import (
     Actor,
     DistributionalQValueActor,
@@ -457,6 +459,13 @@ def test_a_foreign_state_changes_nothing(critics: Critics) -> None:
     hard = ClusterSampler(3, assignment="hard")
     with pytest.raises(ValueError, match="assignment"):
         sampler.load_state_dict(hard.state_dict())
+    for name, other in {
+        "n_clusters": ClusterSampler(5),
+        "max_dim": ClusterSampler(3, max_dim=4),
+        "embedding": ClusterSampler(3, embedding=lambda critics, batch: batch.actions),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{name}: expected .*, as in the state, got"):
+            sampler.load_state_dict(other.state_dict())
     expected = [buffer.sample()["index"].tolist() for _ in range(3)]
     sampler.load_state_dict(before)
     assert [buffer.sample()["index"].tolist() for _ in range(3)] == expected
@@ -715,3 +724,32 @@ def test_wrong_critics_are_named(critics: Critics) -> None:
         sampler.refresh()
     with pytest.raises(ValueError, match="storage: expected a batch sampled by its buffer before, got none yet"):
         sampler.refresh(critics)
+
+
+def test_next_actions_of_n_step_rows_are_those_of_the_row_so_many_on() -> None:
+    n = 3
+    rows = TensorDictReplayBuffer(
+        storage=LazyTensorStorage(100), transform=MultiStepTransform(n_steps=n, gamma=0.9), batch_size=4
+    )
+    data = steps(30)
+    data["next", "done"][:] = data["next", "terminated"][:] = False
+    rows.extend(data)
+    held = stored(rows._storage, torch.arange(len(rows)), DEFAULT_KEYS, None)
+    assert set(held.intervals.tolist()) == {float(n)}
+    assert held.has_next_actions.tolist() == [1.0] * (len(rows) - n) + [0.0] * n
+    assert torch.equal(held.next_actions[:-n], data["action"][n : len(rows)])
+
+
+def test_several_integers_are_no_one_hot_action() -> None:
+    batch = steps(3)
+    batch["action"] = torch.tensor([[0, 2, 1], [1, 0, 3], [2, 2, 0]])
+    with pytest.raises(ValueError, match="^action: expected one action a row: .* one-hot"):
+        transitions_of(batch)
+
+
+def test_critics_follow_a_loss_that_is_moved() -> None:
+    loss = objectives.TD3Loss(actor(), q_value(), bounds=(-1, 1), delay_qvalue=False, delay_actor=False)
+    critics = critics_of(loss)
+    loss.to(torch.float64)
+    batch = steps(8).to(torch.float64)
+    assert stacked_gradients(critics, transitions_of(batch)).dtype == torch.float64

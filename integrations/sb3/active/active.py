@@ -25,7 +25,7 @@ from c4buffer import (
 )
 from c4buffer._checks import check_choice, check_fraction, check_integer, check_number, fail
 
-from ..conversion import seen_actions
+from ..conversion import transitions_of
 from .policies import ACTIVEPolicy, Actor, CnnPolicy, MlpPolicy, MultiInputPolicy, ValueEnsemble
 
 SelfACTIVE = TypeVar("SelfACTIVE", bound="ACTIVE")
@@ -215,7 +215,7 @@ class ACTIVE(OffPolicyAlgorithm):
         Args:
             options: those of `estimate_log_likelihood_target`.
         """
-        target = estimate_log_likelihood_target(seen_actions(self), self.policy.make_actor, **options)
+        target = estimate_log_likelihood_target(transitions_of(self, seen=True), self.policy.make_actor, **options)
         self.likelihood_target = self.temperature_controller.target = target
         return target
 
