@@ -41,40 +41,28 @@ def embed_rows(
     Raises:
         ValueError: for a callable that returns something else, or values that are not finite.
     """
-    with _noise_of_its_own(device):
-        return _embed_rows(embedding, critics, rows, read, device=device, max_dim=max_dim)
-
-
-def _embed_rows(
-    embedding: Embedding,
-    critics: Critics,
-    rows: int,
-    read: Callable[[int, int], Transitions],
-    *,
-    device: torch.device,
-    max_dim: int,
-) -> tuple[Tensor, bool]:
-    if isinstance(embedding, str):
-        size = rows_for(critics, read(0, min(2 * PROBE_ROWS, rows)).to(device), embedding)
-        embed: Embed = functools.partial(EMBEDDINGS[embedding], chunk_size=size)
-    else:
-        embed, size = embedding, CHUNK_ROWS
     embeddings: Tensor | None = None
     directions: Tensor | None = None
     halves = 2 if isinstance(embedding, str) else 1
-    for start in range(0, rows, size):
-        part = read(start, min(start + size, rows)).to(device)
-        chunk = embed(critics, part)
-        _check(chunk, len(part))
-        if chunk.dtype in (torch.float16, torch.bfloat16):
-            chunk = chunk.float()
-        if chunk.shape[1] > max(WIDEST, max_dim):
-            if directions is None:
-                directions = _directions(chunk.shape[1] // halves, max(1, max_dim // halves)).to(chunk)
-            chunk = torch.cat([half @ directions for half in chunk.detach().chunk(halves, dim=1)], dim=1)
-        if embeddings is None:
-            embeddings = chunk.new_empty(rows, chunk.shape[1])
-        embeddings[start : start + len(chunk)] = chunk.detach()
+    with _noise_of_its_own(device):
+        if isinstance(embedding, str):
+            size = rows_for(critics, read(0, min(2 * PROBE_ROWS, rows)).to(device), embedding)
+            embed: Embed = functools.partial(EMBEDDINGS[embedding], chunk_size=size)
+        else:
+            embed, size = embedding, CHUNK_ROWS
+        for start in range(0, rows, size):
+            part = read(start, min(start + size, rows)).to(device)
+            chunk = embed(critics, part)
+            _check(chunk, len(part))
+            if chunk.dtype in (torch.float16, torch.bfloat16):
+                chunk = chunk.float()
+            if chunk.shape[1] > max(WIDEST, max_dim):
+                if directions is None:
+                    directions = _directions(chunk.shape[1] // halves, max(1, max_dim // halves)).to(chunk)
+                chunk = torch.cat([half @ directions for half in chunk.detach().chunk(halves, dim=1)], dim=1)
+            if embeddings is None:
+                embeddings = chunk.new_empty(rows, chunk.shape[1])
+            embeddings[start : start + len(chunk)] = chunk.detach()
     assert embeddings is not None
     return embeddings, directions is not None
 
