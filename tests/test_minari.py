@@ -7,15 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import minari
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from torch import Tensor
 
 from c4buffer import ClusteredReplayBuffer, Transitions, load_minari
-
-minari = pytest.importorskip("minari")
-spaces = pytest.importorskip("gymnasium").spaces
 
 LINE = spaces.Box(-np.inf, np.inf, (2,), np.float64)
 FORCE = spaces.Box(-1, 1, (1,), np.float32)

@@ -160,7 +160,8 @@ class C4Algorithm(QLearningAlgoBase):
     @property
     def c4_critics(self) -> Critics | None:
         """The critics as they read the rows of `c4_buffer`, whose images are not scaled yet; None where that is."""
-        return None if self.c4_buffer is None else self._c4_batches.critics  # type: ignore[union-attr]
+        batches = self._c4_batches
+        return None if batches is None or batches.buffer is None else batches.critics
 
     def inner_create_impl(self, observation_shape: Any, action_size: int) -> None:
         super().inner_create_impl(observation_shape, action_size)
