@@ -36,6 +36,11 @@ def check_number(argument: str, value: object, *, minimum: float, exclusive: boo
     return number
 
 
+def is_finite_number(value: object) -> bool:
+    """A real number (no bool), not NaN and not infinite."""
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+
+
 def check_fraction(argument: str, value: object, *, open_ends: bool = False) -> float:
     """The value as a float, when it is from 0 to 1; neither 0 nor 1 with `open_ends`."""
     number = check_number(argument, value, minimum=0, exclusive=open_ends)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_finite, check_integer, fail, shape_of
+from .inference import outside_inference_mode
 from .memory import bytes_made, rows_at_once
 from .networks import modules_behind
 from .transitions import Observations, Transitions, observation_leaves, with_leaves
@@ -199,6 +200,7 @@ def flat_gradients(
     ]
 
 
+@outside_inference_mode
 def stacked_gradients(critics: Critics, batch: Transitions, *, chunk_size: int | None = None) -> Tensor:
     """The pairs of input gradients that C4 clusters: y = [g', g], [N, 2D].
 
@@ -218,6 +220,7 @@ def stacked_gradients(critics: Critics, batch: Transitions, *, chunk_size: int |
     return _in_chunks(_stacked_gradients_of_chunk, critics, batch, chunk_size, "gradients")
 
 
+@outside_inference_mode
 def stacked_features(critics: Critics, batch: Transitions, *, chunk_size: int | None = None) -> Tensor:
     """The pairs of last hidden layers, y = [f', f], [N, 2F]: what C4's published code clusters by default.
 

@@ -11,10 +11,11 @@ from typing import Union
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_fraction, check_number, fail, shape_of
+from ._checks import check_finite, check_fraction, check_number, fail, shape_of
 from .buffer import ClusteredReplayBuffer
 from .critics import PROBE_ROWS, Critics, member_values, rows_for
-from .embedding import embed_rows
+from .embedding import embed_rows, noise_of_its_own
+from .inference import outside_inference_mode
 from .losses.covariance import decompose_cross_covariance
 from .losses.value_ensemble import ensemble_spread
 from .networks import modules_behind
@@ -74,6 +75,7 @@ class Diagnosis:
     largest_effective_size: float
 
 
+@outside_inference_mode
 def diagnose(
     critics: Critics,
     data: Union[Transitions, ClusteredReplayBuffer],
@@ -126,7 +128,8 @@ def diagnose(
     target_g, g = stacked.double().chunk(2, dim=1)
     r = r.to(g) / r.to(g).sum(dim=1, keepdim=True)
     directions = _checked_directions(next_direction, direction, g)
-    size = rows_for(critics, read(0, min(2 * PROBE_ROWS, rows)))
+    with noise_of_its_own(device):
+        size = rows_for(critics, read(0, min(2 * PROBE_ROWS, rows)))
     parts = [(start, min(start + size, rows)) for start in range(0, rows, size)]
     discounts = torch.cat([discount ** read(*part).intervals.to(g) for part in parts])  # gamma^n, [N]
     columns = g.shape[1]
@@ -139,13 +142,15 @@ def diagnose(
         """w_left^T C w_right; without directions its mean over one orthonormal basis for both, tr C / D."""
         return float(directions[left] @ covariance @ directions[right] if directions else covariance.trace() / columns)
 
+    with noise_of_its_own(device):  # a policy draws the a' that it drew for g'
+        observation_1 = _observation_1(critics, read, parts, discounts)
     return Diagnosis(
         **_theorem_1(next_shift * discounts.unsqueeze(1) * target_g, shift * g, along),
         **_theorem_2(target_g, g, r),
         **_equation_10(target_g, g, r, along),
         gradient_norm=_root_mean_square(g),
         target_gradient_norm=_root_mean_square(target_g),
-        **_observation_1(critics, read, parts, discounts),
+        **observation_1,
         value_spread=_spread_of(value_ensemble, read, parts),
     )
 
@@ -226,8 +231,15 @@ def _spread_of(
     """The mean over rows of the standard deviation over the members of a V-ensemble."""
     if value_ensemble is None:
         return math.nan
+    spreads = []
     with torch.no_grad(), Critics(value_ensemble, value_ensemble).evaluating():
-        spreads = [ensemble_spread(value_ensemble(read(*part).observations)).double() for part in parts]
+        for start, stop in parts:
+            v = value_ensemble(read(start, stop).observations)
+            if not isinstance(v, Tensor) or v.ndim != 2 or v.shape[1] != stop - start:
+                got = shape_of(v) if isinstance(v, Tensor) else type(v).__name__
+                fail("value_ensemble", f"values [m, B] with B = {stop - start}", got)
+            check_finite("value_ensemble", v.T)
+            spreads.append(ensemble_spread(v).double())
     return float(torch.cat(spreads).mean())
 
 
@@ -256,8 +268,8 @@ def _checked_directions(next_direction: Tensor | None, direction: Tensor | None,
     expected = f"a unit vector [{g.shape[1]}], as the other direction is given"
     directions = []
     for name, w in (("next_direction", next_direction), ("direction", direction)):
-        if w is None or w.shape != g.shape[1:]:
-            fail(name, expected, "None" if w is None else shape_of(w))
+        if not isinstance(w, Tensor) or w.shape != g.shape[1:]:
+            fail(name, expected, shape_of(w) if isinstance(w, Tensor) else type(w).__name__)
         directions.append(w.to(g))
         length = float(directions[-1].norm())
         if not abs(length - 1) < NEARLY_ONE:

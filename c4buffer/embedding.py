@@ -44,12 +44,13 @@ def embed_rows(
     embeddings: Tensor | None = None
     directions: Tensor | None = None
     halves = 2 if isinstance(embedding, str) else 1
-    with _noise_of_its_own(device):
-        if isinstance(embedding, str):
+    if isinstance(embedding, str):
+        with noise_of_its_own(device):
             size = rows_for(critics, read(0, min(2 * PROBE_ROWS, rows)).to(device), embedding)
-            embed: Embed = functools.partial(EMBEDDINGS[embedding], chunk_size=size)
-        else:
-            embed, size = embedding, CHUNK_ROWS
+        embed: Embed = functools.partial(EMBEDDINGS[embedding], chunk_size=size)
+    else:
+        embed, size = embedding, CHUNK_ROWS
+    with noise_of_its_own(device):
         for start in range(0, rows, size):
             part = read(start, min(start + size, rows)).to(device)
             chunk = embed(critics, part)
@@ -68,7 +69,7 @@ def embed_rows(
 
 
 @contextmanager
-def _noise_of_its_own(device: torch.device) -> Iterator[None]:
+def noise_of_its_own(device: torch.device) -> Iterator[None]:
     """torch's generators, of the processor and of `device`, seeded alike each time and put back after."""
     on_gpu = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if on_gpu else []):

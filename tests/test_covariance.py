@@ -228,8 +228,10 @@ def test_one_cluster_has_nothing_between() -> None:
 
 
 def test_decomposition_refuses_responsibilities_of_other_rows() -> None:
-    with pytest.raises(ValueError, match=re.escape("responsibilities: expected [N, K] with N = 3, got [4, 2]")):
+    with pytest.raises(ValueError, match=re.escape("[N, K] with N = 3, got torch.float32 [4, 2]")):
         decompose_cross_covariance(torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(4, 2))
+    with pytest.raises(ValueError, match="responsibilities: expected values from 0, rows that sum to one, got rows"):
+        decompose_cross_covariance(torch.zeros(3, 2), torch.zeros(3, 2), torch.ones(3, 2))
 
 
 @few_examples
@@ -495,6 +497,30 @@ def test_constant_gradients_give_zero_and_no_gradient(
     limit = 1e-7 if scale == "raw" else 0  # raw is what rounding leaves of it
     assert 0 <= penalty.item() <= limit
     assert 0 <= largest <= limit
+
+
+@pytest.mark.parametrize("scale", ["relative", "correlation"])
+@pytest.mark.parametrize("size", [1.0, 0.1])
+def test_critics_in_bfloat16_have_the_penalty_that_they_have_in_float32(size: float, scale: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(5, generator=generator)  # of all rows, about which the gradients spread
+    target_g, g = (common + size * torch.randn(256, 5, generator=generator) for _ in range(2))
+    values = torch.randn(256, generator=generator)
+    penalty = CovariancePenalty(1.0, scale=scale)
+    exact = penalty._term(values, target_g, g)
+    half = penalty._term(*(part.bfloat16() for part in (values, target_g, g)))
+    assert exact > 0
+    assert half.item() == pytest.approx(exact.item(), rel=0.3)
+
+
+@pytest.mark.parametrize("columns", [5, 40])  # with C formed, and without
+def test_long_gradients_do_not_overflow_under_autocast(columns: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    target_g, g = (300 * torch.randn(16, columns, generator=generator) for _ in range(2))
+    expected = covariance_penalty(target_g, g), cross_covariance(target_g, g)
+    with torch.autocast("cpu", dtype=torch.float16):
+        found = covariance_penalty(target_g, g), cross_covariance(target_g, g)
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("scale", SCALES)

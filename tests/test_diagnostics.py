@@ -328,6 +328,32 @@ def test_networks_gradients_modes_and_generators_stay_as_they_were(
     assert critic[1].first.weight.grad is None
 
 
+def test_a_policy_that_draws_gives_the_same_each_time_and_moves_no_generator(
+    critics: Critics, batch: Transitions
+) -> None:
+    drawn: list[Tensor] = []
+
+    def policy(observations: Tensor) -> Tensor:
+        drawn.append(observations[:, :2] + torch.randn(len(observations), 2, dtype=observations.dtype))
+        return drawn[-1]
+
+    noisy = Critics(critics.critic, critics.target, policy=policy)
+    state = torch.get_rng_state()
+    first, second = (dataclasses.asdict(diagnose(noisy, batch)) for _ in range(2))
+    assert first == pytest.approx(second, rel=0, nan_ok=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    of_all_rows = [actions for actions in drawn if len(actions) == len(batch)]  # of g' and of delta
+    assert len(of_all_rows) == 4
+    assert all(torch.equal(actions, of_all_rows[0]) for actions in of_all_rows)
+
+
+def test_it_measures_the_same_in_inference_mode(critics: Critics, batch: Transitions) -> None:
+    expected = dataclasses.asdict(diagnose(critics, batch))
+    with torch.inference_mode():
+        assert dataclasses.asdict(diagnose(critics, batch)) == pytest.approx(expected, nan_ok=True)
+        assert not stacked_gradients(critics, batch).is_inference()
+
+
 def test_every_field_is_a_float_that_a_logger_takes(critics: Critics, batch: Transitions) -> None:
     found = dataclasses.asdict(diagnose(critics, batch))
     assert all(type(value) is float for value in found.values())
@@ -345,8 +371,16 @@ def test_every_field_is_a_float_that_a_logger_takes(critics: Critics, batch: Tra
         ({"direction": torch.ones(5)}, r"next_direction: expected a unit vector \[5\].* got None"),
         ({"direction": torch.ones(5), "next_direction": torch.eye(5)[0]}, r"direction: .* got one of length 2.23607"),
         ({"direction": torch.ones(4), "next_direction": torch.eye(5)[0]}, r"direction: .* got \[4\]"),
+        ({"direction": [1.0] + 4 * [0.0], "next_direction": torch.eye(5)[0]}, r"direction: .* got list"),
         ({"responsibilities": torch.ones(3, 1)}, r"responsibilities: expected"),
         ({"responsibilities": torch.ones(40, 2)}, r"responsibilities: expected"),
+        (
+            {"value_ensemble": lambda s: s[:, :2]},
+            r"value_ensemble: expected values \[m, B\] with B = 40, got \[40, 2\]",
+        ),
+        ({"value_ensemble": lambda s: s[:, 0]}, r"value_ensemble: .* got \[40\]"),
+        ({"value_ensemble": lambda s: [s]}, r"value_ensemble: .* got list"),
+        ({"value_ensemble": lambda s: s.T / 0}, r"value_ensemble: expected finite values"),
     ],
 )
 def test_wrong_options_are_named(critics: Critics, batch: Transitions, options: dict[str, Any], message: str) -> None:

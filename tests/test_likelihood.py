@@ -29,6 +29,18 @@ class Broken(Gaussian):
         return super().log_prob(observations, actions) / 0
 
 
+class ByDimension(Gaussian):
+    """As those whose author forgot to sum."""
+
+    def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
+        return torch.distributions.Normal(self.mean(observations), self.log_std.exp()).log_prob(actions)
+
+
+class OneNumber(Gaussian):
+    def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
+        return super().log_prob(observations, actions).mean()
+
+
 def data(rows: int = 4000, std: float = 0.1, discrete: bool = False) -> Transitions:
     generator = torch.Generator().manual_seed(0)
     observations = torch.randn(rows, 3, generator=generator)
@@ -107,6 +119,13 @@ def test_global_random_numbers_are_left_as_they_are() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_is_the_same_where_the_caller_keeps_no_graphs(mode: Any) -> None:
+    expected = estimate_log_likelihood_target(data(100), Gaussian, updates=20)
+    with mode():
+        assert estimate_log_likelihood_target(data(100), Gaussian, updates=20) == expected
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -117,7 +136,10 @@ def test_global_random_numbers_are_left_as_they_are() -> None:
         ({"quantile": -1}, "quantile: expected a finite number at least 0"),
         ({"held_out": 1.0}, "held_out: expected a number above 0 and below 1, got 1.0"),
         ({"updates": 0}, "updates: expected an integer of at least 1"),
-        ({"action_bounds": (1.0, 1.0)}, r"action_bounds: expected \(low, high\) with low below high"),
+        ({"action_bounds": (1.0, 1.0)}, r"action_bounds: expected \(low, high\), finite, with low below high"),
+        ({"action_bounds": (-math.inf, 1.0)}, r"action_bounds: expected \(low, high\), finite"),
+        ({"make_policy": ByDimension}, r"make_policy: .* \[B\], B = 2, summed over action dimensions, got \[2, 2\]"),
+        ({"make_policy": OneNumber}, r"make_policy: .* summed over action dimensions, got \[\]"),
         ({"make_policy": Broken}, "make_policy: expected a policy with finite log-likelihoods"),
         ({"transitions": data(10, discrete=True)}, "transitions: expected continuous actions, .* got discrete"),
         ({"transitions": data(1)}, "transitions: expected at least two"),

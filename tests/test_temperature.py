@@ -88,6 +88,15 @@ def test_a_target_out_of_reach_is_warned_of_once() -> None:
             controller.step(torch.tensor([-3.0]))
 
 
+@pytest.mark.parametrize("maximum", [0.3, 0.7, 0.9])
+def test_a_maximum_that_float32_rounds_down_is_warned_of_too(maximum: float) -> None:
+    controller = TemperatureController(5.0, learning_rate=1.0, initial=0.0, maximum=maximum)
+    for _ in range(999):
+        controller.step(torch.tensor([-3.0]))
+    with pytest.warns(UserWarning, match=f"at its maximum, {maximum}"):
+        controller.step(torch.tensor([-3.0]))
+
+
 def test_target_and_beta_are_saved() -> None:
     controller = TemperatureController(-1.5, learning_rate=0.5)
     controller.step(torch.tensor([0.0]))

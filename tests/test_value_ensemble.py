@@ -227,6 +227,12 @@ def test_all_members_at_once_are_what_they_are_one_by_one(layer_norm: bool) -> N
     torch.testing.assert_close(together, ensemble(observations))
 
 
+def test_widths_may_come_one_by_one() -> None:
+    ensemble = VEnsemble(3, n_members=2, hidden=map(int, ("8", "6")), layer_norm=True)
+    assert [list(weight.shape) for weight in ensemble.weights] == [[2, 3, 8], [2, 8, 6], [2, 6, 1]]
+    assert [scale.shape[-1] for scale in ensemble.scales] == [8, 6]
+
+
 def test_members_start_apart_and_as_torchs_layers_do() -> None:
     torch.manual_seed(0)
     ensemble = VEnsemble(10, n_members=3)
@@ -283,6 +289,7 @@ def test_a_compiled_ensemble_is_the_same() -> None:
         (lambda: VEnsemble(3, n_members=0), "n_members: expected an integer of at least 1, got 0"),
         (lambda: VEnsemble(0, n_members=1), "observation_dim: expected an integer of at least 1, got 0"),
         (lambda: VEnsemble(3, n_members=1, hidden=()), "hidden: expected at least one width"),
+        (lambda: VEnsemble(3, n_members=1, hidden=256), r"hidden: expected widths, as \(256, 256\), got 256"),
         (lambda: VEnsemble(3, n_members=1, hidden=(8, 0)), "hidden: expected an integer of at least 1, got 0"),
         (lambda: VEnsemble(3, n_members=1)(torch.zeros(5, 4)), r"observations: expected \[B, 3\], got \[5, 4\]"),
         (

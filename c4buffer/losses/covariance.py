@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -13,10 +13,12 @@ from torch import Tensor
 from .._checks import check_choice, check_number, fail, shape_of
 from ..critics import Critics, member_features, paired_gradients
 from ..memory import floats_at_once
+from ..partition import check_responsibilities
 from ..scaling import CHUNK_ROWS
 from ..transitions import Transitions
 
 ROUNDINGS = 32  # what a few layers of a few hundred units leave in gradients that are equal but for rounding
+HALF_ROUNDINGS = 2  # in 16-bit types, whose sums are made in 32
 
 
 def cross_covariance(target_gradients: Tensor, gradients: Tensor) -> Tensor:
@@ -30,8 +32,9 @@ def cross_covariance(target_gradients: Tensor, gradients: Tensor) -> Tensor:
         ValueError: for shapes that differ or fewer than two rows.
     """
     _check_pair(target_gradients, gradients)
-    # C = sum_i (g'_i - mean g') (g_i - mean g)^T / (B - 1)
-    return _centred(target_gradients).T @ _centred(gradients) / (len(gradients) - 1)
+    with _without_autocast(gradients):
+        # C = sum_i (g'_i - mean g') (g_i - mean g)^T / (B - 1)
+        return _centred(target_gradients).T @ _centred(gradients) / (len(gradients) - 1)
 
 
 def covariance_penalty(target_gradients: Tensor, gradients: Tensor, *, trace_weight: float = 1.0) -> Tensor:
@@ -49,11 +52,12 @@ def covariance_penalty(target_gradients: Tensor, gradients: Tensor, *, trace_wei
     if columns <= rows:
         c = cross_covariance(target_gradients, gradients)
         return c.square().sum() + trace_weight * c.trace().square()
-    target_centred, centred = _centred(target_gradients), _centred(gradients)
-    # ||C||_F^2 = tr(G'^T G G^T G') / (B - 1)^2 = sum_ij (G' G'^T)_ij (G G^T)_ij / (B - 1)^2 with centred G', G [B, D]
-    norm = ((target_centred @ target_centred.T) * (centred @ centred.T)).sum()
-    trace = (target_centred * centred).sum()
-    return (norm + trace_weight * trace.square()) / (rows - 1) ** 2
+    with _without_autocast(gradients):
+        target_centred, centred = _centred(target_gradients), _centred(gradients)
+        # ||C||_F^2 = tr(G'^T G G^T G') / (B - 1)^2 = sum_ij (G' G'^T)_ij (G G^T)_ij / (B - 1)^2, centred G', G [B, D]
+        norm = ((target_centred @ target_centred.T) * (centred @ centred.T)).sum()
+        trace = (target_centred * centred).sum()
+        return (norm + trace_weight * trace.square()) / (rows - 1) ** 2
 
 
 def decompose_cross_covariance(
@@ -70,8 +74,7 @@ def decompose_cross_covariance(
         responsibilities: r, [N, K], rows that sum to one.
     """
     _check_pair(target_gradients, gradients)
-    if responsibilities.ndim != 2 or len(responsibilities) != len(gradients):
-        fail("responsibilities", f"[N, K] with N = {len(gradients)}", shape_of(responsibilities))
+    check_responsibilities(responsibilities, len(gradients))
     rows = len(gradients)
     mass = responsibilities.sum(dim=0)  # [K], N p_z
     divisor = mass.clamp(min=torch.finfo(mass.dtype).tiny).unsqueeze(1)
@@ -203,7 +206,15 @@ class CovariancePenalty:
 def _noise(gradients: Tensor) -> Tensor:
     """The trace of a covariance that is all rounding: a spread of a few dozen epsilon of the gradients' size."""
     precision = torch.finfo(gradients.dtype)
-    return precision.tiny + (ROUNDINGS * precision.eps) ** 2 * gradients.detach().square().sum(dim=1).mean()
+    roundings = HALF_ROUNDINGS if precision.bits == 16 else ROUNDINGS
+    return precision.tiny + (roundings * precision.eps) ** 2 * gradients.detach().square().sum(dim=1).mean()
+
+
+def _without_autocast(gradients: Tensor) -> AbstractContextManager[object]:
+    """Products of gradients in float16 overflow where the gradients are no longer than a few hundred."""
+    kind = gradients.device.type
+    autocasting = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if autocasting else nullcontext()
 
 
 def _centred(values: Tensor) -> Tensor:

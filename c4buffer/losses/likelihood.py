@@ -9,13 +9,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_fraction, check_integer, check_number, fail
+from .._checks import check_choice, check_fraction, check_integer, check_number, fail, shape_of
+from ..inference import outside_inference_mode
 from ..transitions import Transitions
 
 EVALUATIONS = 20  # of the held-out likelihood while the policy is fitted
 CHUNK_ROWS = 1024  # judged at once: images are large
 
 
+@outside_inference_mode
 def estimate_log_likelihood_target(
     transitions: Transitions,
     make_policy: Callable[[], Any],
@@ -53,7 +55,8 @@ def estimate_log_likelihood_target(
         seed: global generators are left as they are.
 
     Raises:
-        ValueError: for discrete actions, values outside their ranges, and a policy whose likelihoods are not finite.
+        ValueError: for discrete actions, values outside their ranges, and a policy whose likelihoods are not
+            finite, or not [B].
     """
     method = method or ("quantile" if fraction is None else "fraction")
     check_choice("method", method, ("quantile", "fraction"))
@@ -67,8 +70,8 @@ def estimate_log_likelihood_target(
         check_integer(name, count, minimum=1)
     check_number("learning_rate", learning_rate, minimum=0, exclusive=True)
     low, high = action_bounds
-    if not low < high:
-        fail("action_bounds", "(low, high) with low below high", repr(action_bounds))
+    if not -math.inf < low < high < math.inf:
+        fail("action_bounds", "(low, high), finite, with low below high", repr(action_bounds))
     if not transitions.actions.is_floating_point():
         fail("transitions", "continuous actions, which have a density", "discrete ones")
     if len(transitions) < 2:
@@ -96,7 +99,7 @@ def _held_out_likelihoods(
     judged = max(1, min(len(order) - 1, round(held_out * len(order))))
     unseen, seen = transitions[order[:judged].to(device)], order[judged:]
     graphics = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=graphics):
+    with torch.random.fork_rng(devices=graphics), torch.enable_grad():
         # not torch.manual_seed, which moves the generators of all devices, those that are not forked too
         torch.default_generator.manual_seed(seed)
         for each in graphics:
@@ -125,7 +128,14 @@ def _judged(policy: Any, transitions: Transitions) -> Tensor:
     """log pi(a | s) of each row, float64, by the policy as it acts."""
     policy.eval()
     parts = [transitions[i : i + CHUNK_ROWS] for i in range(0, len(transitions), CHUNK_ROWS)]
+    found = []
     with torch.no_grad():
-        found = [policy.log_prob(part.observations, part.actions).double().cpu() for part in parts]
+        for part in parts:
+            log_prob = policy.log_prob(part.observations, part.actions)
+            if not isinstance(log_prob, Tensor) or log_prob.shape != part.rewards.shape:
+                got = shape_of(log_prob) if isinstance(log_prob, Tensor) else type(log_prob).__name__
+                expected = f"a policy whose log_prob is [B], B = {len(part)}, summed over action dimensions"
+                fail("make_policy", expected, got)
+            found.append(log_prob.double().cpu())
     policy.train()
     return torch.cat(found)

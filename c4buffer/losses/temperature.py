@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_finite, check_number, fail, shape_of
+from .._checks import check_finite, check_number, fail, is_finite_number, shape_of
 from ..collective import Group, ranks_in, total
 
 PATIENCE = 1000  # steps at the bound in a row before it is said
@@ -69,8 +68,7 @@ class TemperatureController(nn.Module):
 
     @target.setter
     def target(self, value: Any) -> None:
-        number = isinstance(value, Real) and not isinstance(value, bool)
-        if value is not None and not (number and math.isfinite(value)):
+        if value is not None and not is_finite_number(value):
             fail("target", "a finite number or None", repr(value))
         self._target.fill_(math.nan if value is None else float(value))
 
@@ -113,7 +111,9 @@ class TemperatureController(nn.Module):
 
     def _watch(self, mean: Tensor) -> None:
         assert self.maximum is not None
-        self._steps_at_maximum = self._steps_at_maximum + 1 if float(self.beta.detach()) >= self.maximum else 0
+        beta = self.beta.detach()
+        at_maximum = bool(beta >= beta.new_tensor(self.maximum))  # as beta's dtype rounds it
+        self._steps_at_maximum = self._steps_at_maximum + 1 if at_maximum else 0
         if self._steps_at_maximum == PATIENCE:
             self._warned = True
             warnings.warn(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import NormalDist
 
 import torch
@@ -164,15 +164,16 @@ class VEnsemble(nn.Module):
     """
 
     def __init__(
-        self, observation_dim: int, *, n_members: int, hidden: Sequence[int] = (256, 256), layer_norm: bool = False
+        self, observation_dim: int, *, n_members: int, hidden: Iterable[int] = (256, 256), layer_norm: bool = False
     ) -> None:
         super().__init__()
         self.observation_dim = check_integer("observation_dim", observation_dim, minimum=1)
         self.n_members = check_integer("n_members", n_members, minimum=1)
+        if not isinstance(hidden, Iterable):
+            fail("hidden", "widths, as (256, 256)", repr(hidden))
+        hidden = [check_integer("hidden", width, minimum=1) for width in hidden]
         if not hidden:
             fail("hidden", "at least one width", repr(hidden))
-        for width in hidden:
-            check_integer("hidden", width, minimum=1)
         pairs = list(itertools.pairwise([observation_dim, *hidden, 1]))
         bounds = [1 / math.sqrt(before) for before, _ in pairs]
         m = self.n_members

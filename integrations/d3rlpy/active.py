@@ -122,7 +122,13 @@ class ACTIVE(QLearningAlgoBase["ACTIVEImpl", ACTIVEConfig]):
         yield from super().fitter(*call.args, **call.kwargs)
 
     def update(self, batch: Any) -> dict[str, float]:
-        """d3rlpy's `update`; a TorchMiniBatch is taken as it is, on the device and scaled."""
+        """d3rlpy's `update`; a TorchMiniBatch is taken as it is, on the device and scaled.
+
+        Raises:
+            ValueError: where H_D is still to be estimated, as a fit does with its data; nothing is changed then.
+        """
+        if self._impl is not None and self._waits_for_target:
+            fail("likelihood_target", "a number, or a fit or estimate_likelihood_target(dataset) before", "'auto'")
         if not isinstance(batch, TorchMiniBatch):
             found: dict[str, float] = super().update(batch)
             return found
@@ -137,8 +143,7 @@ class ACTIVE(QLearningAlgoBase["ACTIVEImpl", ACTIVEConfig]):
         Raises:
             ValueError: where H_D is still to be estimated, for which there are no data.
         """
-        target = None if self._impl is None else self._impl.modules.temperature.target
-        if self._config.likelihood_target == "auto" and target is None:
+        if self._waits_for_target:
             fail("likelihood_target", "a number, or a fit before fit_online", "'auto'")
         super().fit_online(env, *arguments, **options)
 
@@ -156,6 +161,8 @@ class ACTIVE(QLearningAlgoBase["ACTIVEImpl", ACTIVEConfig]):
 
     def estimate_likelihood_target(self, dataset: Any, **options: Any) -> float:
         """H_D from a dataset, for this algorithm's density and scalers; beta follows it from now on.
+
+        Where the config has a number, or None, `load_model` puts that back.
 
         Args:
             dataset: d3rlpy's ReplayBuffer, or a MixedReplayBuffer, of which all rows count alike; networks must be
@@ -193,9 +200,14 @@ class ACTIVE(QLearningAlgoBase["ACTIVEImpl", ACTIVEConfig]):
             self._impl.modules.temperature.target = self._config.likelihood_target
 
     def _know_target(self, dataset: Any) -> None:
-        assert self._impl is not None
-        if self._config.likelihood_target == "auto" and self._impl.modules.temperature.target is None:
+        if self._waits_for_target:
             self.estimate_likelihood_target(dataset)
+
+    @property
+    def _waits_for_target(self) -> bool:
+        """Whether H_D is still to be estimated."""
+        target = None if self._impl is None else self._impl.modules.temperature.target
+        return self._config.likelihood_target == "auto" and target is None
 
     def _new_policy(self, observation_shape: Any, action_size: int, ddp: bool) -> Any:
         return create_normal_policy(
@@ -295,12 +307,12 @@ class ACTIVEImpl(DDPGBaseImpl):
 
     def update_actor(self, batch: TorchMiniBatch) -> dict[str, float]:
         """A step of the policy, then one of beta, which no captured graph may hold."""
-        self._modules.q_funcs.eval()
+        self._modules.targ_q_funcs.eval()  # as d3rlpy has Q-functions in a policy's loss
         self._modules.targ_q_funcs.requires_grad_(False)  # which an export turns on again
         loss: Any = self._compute_actor_grad(batch)
         self._modules.actor_optim.step()
         temperature = self._modules.temperature
-        if self._config.likelihood_target is not None:
+        if temperature.target is not None:
             temperature.step(loss.log_likelihood.reshape(1))
         return {**asdict_as_float(loss), "temperature": float(temperature.beta.detach())}
 

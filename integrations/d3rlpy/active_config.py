@@ -9,7 +9,7 @@ from d3rlpy.models.encoders import EncoderFactory, make_encoder_field
 from d3rlpy.optimizers import OptimizerFactory, make_optimizer_field
 
 from c4buffer import TemperatureController, VEnsembleAdvantage
-from c4buffer._checks import check_choice, check_fraction, check_integer, check_number, fail
+from c4buffer._checks import check_choice, check_fraction, check_integer, check_number, fail, is_finite_number
 
 
 @dataclasses.dataclass
@@ -83,9 +83,9 @@ class ACTIVEConfig(LearnableConfig):
         target = self.likelihood_target
         if isinstance(target, str):
             check_choice("likelihood_target", target, ("auto",))
-        elif target is not None and (isinstance(target, bool) or not math.isfinite(target)):
-            fail("likelihood_target", "a finite number, 'auto' or None", repr(target))
         elif target is not None:
+            if not is_finite_number(target):
+                fail("likelihood_target", "a finite number, 'auto' or None", repr(target))
             self.likelihood_target = float(target)
         self.beta_learning_rate = check_number("beta_learning_rate", self.beta_learning_rate, minimum=0)
         if self.max_beta is not None:

@@ -251,7 +251,7 @@ def _kind(frames: int) -> type[ClusteredReplayBuffer]:
 
 
 def _seed_of_fit(seed: int, algo: Any) -> int:
-    """A second fit in one process draws other batches, and so does each rank."""
+    """A second fit of one algorithm draws other batches, and so does each rank."""
     return int((seed + algo.grad_step + _rank(algo) * RANK) % 2**63)
 
 

@@ -35,6 +35,7 @@ from .test_d3rlpy import (
     episodes,
     mini_batch,
     small,
+    state_of,
     torch_batch_of,
     transitions_of_rows,
 )
@@ -302,6 +303,40 @@ def test_online_training_needs_a_target() -> None:
     assert algo.grad_step > 10
     with pytest.raises(ValueError, match="algo: expected a built algorithm"):
         active().create().estimate_likelihood_target(dataset_of(episodes()))
+
+
+def test_an_update_before_h_d_is_known_changes_nothing_and_says_what_to_do() -> None:
+    dataset = dataset_of(episodes())
+    algo = built(small(ACTIVEConfig), dataset)
+    before = copy.deepcopy(state_of(algo))
+    for batch in (mini_batch(dataset, range(16)), torch_batch_of(mini_batch(dataset, range(16)))):
+        with pytest.raises(ValueError, match=r"likelihood_target: expected a number, or .*estimate_likelihood_target"):
+            algo.update(batch)
+    torch.testing.assert_close(state_of(algo), before, rtol=0, atol=0, equal_nan=True)  # H_D is NaN
+    assert algo.grad_step == 0
+    algo.estimate_likelihood_target(dataset, updates=5)
+    algo.update(mini_batch(dataset, range(16)))
+
+
+def test_beta_follows_an_estimate_that_was_asked_for() -> None:
+    dataset = dataset_of(episodes())
+    algo = built(active(likelihood_target=None), dataset)
+    algo.estimate_likelihood_target(dataset, updates=5)
+    assert algo.update(mini_batch(dataset, range(16)))["temperature"] != 1
+
+
+def test_the_policys_q_is_taken_in_evaluation_mode() -> None:
+    dataset = dataset_of(episodes())
+    algo = built(active(critic_encoder_factory=VectorEncoderFactory([8], dropout_rate=0.5)), dataset)
+    modes: list[tuple[bool, bool]] = []
+
+    def note(module: nn.Module, *_: Any) -> None:
+        modes.append((torch.is_grad_enabled(), module.training))
+
+    for member in algo.impl.modules.targ_q_funcs:
+        member.register_forward_hook(note)
+    algo.update(mini_batch(dataset, range(16)))
+    assert [training for with_graph, training in modes if with_graph] == [False, False]
 
 
 def test_actions_at_the_edge_of_the_box_have_a_finite_likelihood() -> None:

@@ -337,6 +337,15 @@ def test_a_fixed_beta_stays() -> None:
     assert float(model.temperature_controller.beta.detach()) == pytest.approx(0.7)
 
 
+def test_a_target_set_on_a_model_counts_from_then_on() -> None:
+    model = active(likelihood_target=None, beta_learning_rate=1.0)
+    learn_offline(model, data(), 2)
+    model.likelihood_target = 50.0
+    model.train(1, 8)
+    assert model.temperature_controller.target == 50
+    assert float(model.temperature_controller.beta.detach()) > 10
+
+
 def test_wrong_input() -> None:
     for options, message in (
         ({"value_loss": "huber"}, "value_loss: expected"),

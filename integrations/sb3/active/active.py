@@ -23,7 +23,7 @@ from c4buffer import (
     expectile_value_loss,
     sparse_value_loss,
 )
-from c4buffer._checks import check_choice, check_fraction, check_integer, check_number, fail
+from c4buffer._checks import check_choice, check_fraction, check_integer, check_number, fail, is_finite_number
 
 from ..conversion import transitions_of
 from .policies import ACTIVEPolicy, Actor, CnnPolicy, MlpPolicy, MultiInputPolicy, ValueEnsemble
@@ -194,9 +194,10 @@ class ACTIVE(OffPolicyAlgorithm):
         if isinstance(self.likelihood_target, str):
             check_choice("likelihood_target", self.likelihood_target, ("auto",))
         elif self.likelihood_target is not None:
-            if isinstance(self.likelihood_target, bool) or not math.isfinite(self.likelihood_target):
-                fail("likelihood_target", "a finite number, 'auto' or None", repr(self.likelihood_target))
-            self.likelihood_target = float(self.likelihood_target)
+            target = self.likelihood_target
+            if not is_finite_number(target):
+                fail("likelihood_target", "a finite number, 'auto' or None", repr(target))
+            self.likelihood_target = float(target)
         check_number("beta_learning_rate", self.beta_learning_rate, minimum=0)
         if self.max_beta is not None:
             check_number("max_beta", self.max_beta, minimum=0, exclusive=True)
@@ -226,6 +227,7 @@ class ACTIVE(OffPolicyAlgorithm):
             return
         if self.likelihood_target == "auto":
             self.estimate_likelihood_target()
+        self.temperature_controller.target = self.likelihood_target
         self.policy.set_training_mode(True)
         self._update_learning_rate([self.actor.optimizer, self.critic.optimizer, self.value.optimizer])
         advantage = VEnsembleAdvantage(quantile=self.quantile, temperature=self.temperature, max_weight=self.max_weight)
