@@ -66,8 +66,8 @@ class SklearnClusterer:
     - `labels_`, or else `predict(X)`: one 1 in each row, columns in the order of the labels. Rows of noise (label -1)
       get the mean of the others' responsibilities, r_i = p: they are drawn with every cluster in their share.
 
-    Each call fits a fresh copy; `estimator` is never touched. With `random_state=None` scikit-learn draws from NumPy's
-    global generator; give it a number for the same clusters each time.
+    Each call fits a fresh copy; `estimator` is never touched. A `random_state` of None is 0 in that copy: scikit-learn
+    would draw from NumPy's global generator, which is not touched either.
 
     Args:
         estimator: such as `sklearn.mixture.BayesianGaussianMixture(10)` or `sklearn.cluster.HDBSCAN()`.
@@ -128,8 +128,15 @@ def _unfitted(estimator: Any) -> Any:
         except ImportError:
             pass
         else:
-            return clone(estimator)
+            fresh = clone(estimator)
+            unseeded = [name for name, value in fresh.get_params().items() if value is None and _is_seed(name)]
+            return fresh.set_params(**dict.fromkeys(unseeded, 0))
     return copy.deepcopy(estimator)
+
+
+def _is_seed(name: str) -> bool:
+    """A parameter by that name is an estimator's seed, or that of one inside it."""
+    return name.split("__")[-1] == "random_state"
 
 
 def _responsibilities(estimator: Any, X: np.ndarray) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_choice, check_fraction, check_integer, fail
-from .buffer_state import KIND, OWN, loaded, outline_of, restore, state_of
+from .buffer_state import KIND, OWN, copied, loaded, outline_of, restore, state_of
 from .checkpoint import save
 from .clustering import Clusterer
 from .critics import Critics
@@ -23,7 +23,7 @@ from .mixture import MixtureResult
 from .partition import check_rows
 from .prefetch import drawn_ahead
 from .reduction import Reduction, reduced
-from .refresh import RefreshPolicy, RefreshReport, refreshed
+from .refresh import OnDrift, RefreshPolicy, RefreshReport, refreshed
 from .sampling import SingleClusterSampler
 from .storage import RingStorage, own_folder
 from .trajectories import Neighbours, Trajectories
@@ -109,6 +109,8 @@ class ClusteredReplayBuffer:
             check_choice("embedding", embedding, tuple(EMBEDDINGS))
         if refresh is not None and not callable(refresh):
             fail("refresh", "a callable or None", repr(refresh))
+        if isinstance(refresh, OnDrift):
+            refresh.check_clusterer(clusterer)
         check_choice("assignment", assignment, ("soft", "hard"))
         if trajectory_tail and not replacement:
             fail("trajectory_tail", "replacement=True, as a transition can be in several clusters", "replacement=False")
@@ -341,6 +343,8 @@ class ClusteredReplayBuffer:
             trajectories=None if self._trajectories is None else self._trajectories.of(len(self)),
         )
         self._next_refresh = self._batches + max(1000, len(self) // 10)
+        if isinstance(self._refresh_policy, OnDrift) and self._critics is not None:
+            self._refresh_policy.note(self)
         return self._last_report
 
     @outside_inference_mode
@@ -376,10 +380,10 @@ class ClusteredReplayBuffer:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the batches to come depend on but the critics: transitions, clusters, generator, counters.
 
-        Nested dicts, lists and tuples of tensors and plain values. The tensors are the buffer's own: copy them, or save
-        them, before it changes.
+        Nested dicts, lists and tuples of tensors and plain values: copies, but for transitions in memory-mapped files,
+        which may be larger than the RAM. `save` needs no copies.
         """
-        return state_of(self)
+        return copied(state_of(self))
 
     @outside_inference_mode
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -396,7 +400,7 @@ class ClusteredReplayBuffer:
         Raises:
             OSError: when the file can not be written.
         """
-        save(path, KIND, self.state_dict())
+        save(path, KIND, state_of(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], **options: Any) -> ClusteredReplayBuffer:
@@ -416,7 +420,10 @@ class ClusteredReplayBuffer:
 
     @property
     def clustered(self) -> bool:
-        """Whether there are clusters to draw from: after the first refresh, until every row has been overwritten."""
+        """Whether transitions are held that a refresh has seen: from the first on, until all have been overwritten.
+
+        Then each takes r_i = p, and the next batch makes a refresh due, if no policy was given that says otherwise.
+        """
         return self._sampler.clustered
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -53,6 +54,15 @@ def state_of(buffer: Any) -> dict[str, Any]:
         "next_refresh": buffer._next_refresh,
         "report": None if report is None else asdict(report),
         "last_rows": [[environment, row] for environment, row in buffer._last_rows.items()],
+    }
+
+
+def copied(state: dict[str, Any]) -> dict[str, Any]:
+    """The same state, which does not change with the buffer; transitions in files stay where they are."""
+    in_files = state["options"]["storage"] == "memmap"
+    return {
+        name: part if name == "storage" and in_files else _each_tensor(Tensor.clone, part)
+        for name, part in state.items()
     }
 
 
@@ -116,7 +126,8 @@ def _restore(buffer: Any, state: dict[str, Any]) -> None:
         bool(state["policy"]["compared"])
     before = buffer._clusterer.state_dict()
     try:
-        buffer._clusterer.load_state_dict(_on(buffer.device, state["clusterer"]))
+        on_device = _each_tensor(lambda tensor: tensor.to(buffer.device), state["clusterer"])
+        buffer._clusterer.load_state_dict(on_device)
     except Exception:
         buffer._clusterer.load_state_dict(before)
         raise
@@ -132,12 +143,12 @@ def _restore(buffer: Any, state: dict[str, Any]) -> None:
         buffer._refresh_policy.load_state_dict(state["policy"], buffer)
 
 
-def _on(device: torch.device, state: Any) -> Any:
-    """The same state with its tensors on `device`."""
+def _each_tensor(function: Callable[[Tensor], Tensor], state: Any) -> Any:
+    """The same nested state with what `function` makes of each tensor."""
     if isinstance(state, Tensor):
-        return state.to(device)
+        return function(state)
     if isinstance(state, dict):
-        return {key: _on(device, value) for key, value in state.items()}
+        return {key: _each_tensor(function, value) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
-        return type(state)(_on(device, value) for value in state)
+        return type(state)(_each_tensor(function, value) for value in state)
     return state

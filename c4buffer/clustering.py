@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import fields
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from .mixture import GaussianMixture, MixtureResult, Start
 from .scaling import CHUNK_ROWS, column_scaling
 
 
+@runtime_checkable
 class Clusterer(Protocol):
     """Anything that can be called so."""
 

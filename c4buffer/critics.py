@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -33,7 +34,8 @@ class Critics:
         target: the target critic, of the same form.
         policy: `policy(next_observations) -> a'`; when given, it replaces the data's next actions everywhere.
         features: `features(critic, observations, actions) -> [B, F]`, the last hidden layer, called for each member of
-            a sequence. Default: the critic's own `features(observations, actions)` method.
+            a sequence. Default: the critic's own `features(observations, actions)` method; for discrete actions,
+            it may be `features(observations)`.
         encode: `encode(observations) -> [B, L]`; when given, critic and target take this latent in place of the
             observations, and gradients are taken by it (for pixels).
     """
@@ -308,7 +310,8 @@ def member_features(
         if critics.features is not None:
             read = critics.features(member, observations, actions)
         elif hasattr(member, "features"):
-            read = member.features(observations, actions)
+            alone = not actions.is_floating_point() and not _takes_two(member.features)
+            read = member.features(observations) if alone else member.features(observations, actions)
         else:
             fail(
                 "features",
@@ -323,6 +326,17 @@ def member_features(
             )
         features.append(read)
     return features
+
+
+def _takes_two(function: Callable[..., Any]) -> bool:
+    """Whether it can be called by two positional arguments."""
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError:
+        return False
+    except ValueError:  # of a function in C, which nobody can look into
+        return True
+    return True
 
 
 def paired_gradients(

@@ -19,9 +19,10 @@ class Partition:
 
     r: [K, n], -1 where a row is unassigned (n is at least the number of rows).
     distances: [K, N], of each row to each cluster's mean, or any numbers in the order of those.
+    p: what it is while no row is assigned, [K]; from the first that is, the mean over those. None: zeros.
     """
 
-    def __init__(self, r: Tensor, ids: Tensor, distances: Tensor | None) -> None:
+    def __init__(self, r: Tensor, ids: Tensor, distances: Tensor | None, *, p: Tensor | None = None) -> None:
         self.r = r
         self.ids = ids
         self.distances = distances
@@ -32,6 +33,7 @@ class Partition:
         self.dissolved: dict[int, Partition] = {}
         self.tailed: Partition | None = None
         self._tables: dict[int, Tensor] = {}
+        self.p = torch.zeros(len(ids), dtype=torch.float64) if p is None else p
         self._count()
 
     def state(self, size: int) -> dict[str, Any]:
@@ -43,6 +45,7 @@ class Partition:
             "labels": self.labels,
             "walks": list(self.walks),
             "assigned": self.assigned,
+            "p": self.p,
             "sums": self.sums,
             "squares": self.squares,
             "counted": self.counted,
@@ -63,7 +66,7 @@ class Partition:
 
         clusters = len(state["ids"])
         shapes = {"r": (clusters, size), "labels": (size,), "sums": (clusters,), "squares": (clusters,)}
-        for name, shape in {**shapes, "counted": (clusters,)}.items():
+        for name, shape in {**shapes, "counted": (clusters,), "p": (clusters,)}.items():
             if state[name] is not None and state[name].shape != shape:
                 fail(name, f"a shape of {list(shape)}", shape_of(state[name]))
         known = state["distances"]
@@ -73,7 +76,7 @@ class Partition:
             fail("walks", f"one for each of {clusters} clusters, at least one", len(state["walks"]))
         for rows in state["walks"]:
             check_rows("walks", rows, size)
-        partition = cls(own(state["r"]), own(state["ids"]), own(state["distances"]))
+        partition = cls(own(state["r"]), own(state["ids"]), own(state["distances"]), p=own(state["p"]))
         partition.labels = own(state["labels"])
         partition.walks = [own(walk) for walk in state["walks"]]
         partition.assigned = state["assigned"]
@@ -96,8 +99,9 @@ class Partition:
         self._changed()
 
     def _changed(self) -> None:
-        # Unassigned rows take r_i = p, so p is the mean over the assigned ones.
-        self.p = self.sums / max(1, self.assigned)
+        # Unassigned rows take r_i = p, so p is the mean over the assigned ones; without any, what it was.
+        if self.assigned > 0:
+            self.p = self.sums / self.assigned
         self.cumulative_p = self.p.cumsum(dim=0)
         self._tables.clear()
 
@@ -208,7 +212,8 @@ class Partition:
                 lost = unassigned
             left[:, unassigned | lost] = UNASSIGNED
             remains[:, block] = left
-        return Partition(remains, self.ids[keep], distances)
+        p = self.p[keep]
+        return Partition(remains, self.ids[keep], distances, p=p / p.sum() if bool(p.any()) else (p + 1) / len(p))
 
     def with_tails(self, numbers: Tensor, times: Tensor, clusters: Tensor) -> Partition:
         """Hard clusters, each with the rest of each trajectory after its last member; rows since then are unassigned.
@@ -225,7 +230,7 @@ class Partition:
         members = torch.full_like(self.r, UNASSIGNED)
         members[:, : len(numbers)] = with_tails(labels, len(self.ids), numbers, times).to(self.r.dtype)
         members[:, (self.r < 0)[0]] = UNASSIGNED
-        return Partition(members, self.ids, None)
+        return Partition(members, self.ids, None, p=self.p)
 
 
 def check_responsibilities(responsibilities: object, rows: int) -> None:

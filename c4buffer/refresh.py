@@ -6,12 +6,12 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from ._checks import check_integer, check_number
+from ._checks import check_integer, check_number, fail
 from .clustering import ranks_of_means
 from .critics import Critics
 from .embedding import Embedding, embed_rows
@@ -80,6 +80,8 @@ def refreshed(
     started, rows = time.perf_counter(), sampler.size
     embeddings, projected = embed_rows(embedding, critics, rows, read, device=device, max_dim=clusterer.max_dim)
     responsibilities = clusterer(embeddings, sampler.responsibilities if sampler.clustered else None)
+    if isinstance(responsibilities, Tensor) and not responsibilities.is_floating_point():
+        responsibilities = responsibilities.to(embeddings.dtype)  # hard clusters, as one_hot gives them
     check_responsibilities(responsibilities, rows)
     ranks = ranks_of_means(embeddings, responsibilities) if responsibilities.shape[1] > 1 else None
     sampler.assign(responsibilities, distances=ranks, trajectories=trajectories)
@@ -101,6 +103,7 @@ def refreshed(
     )
 
 
+@runtime_checkable
 class RefreshPolicy(Protocol):
     """Anything that can be called so."""
 
@@ -159,23 +162,34 @@ class OnDrift:
         self._reference = 0.0
 
     def __call__(self, step: int, buffer: ClusteredReplayBuffer) -> bool:
-        report = buffer.last_report
-        if report is None or not buffer.clustered:
+        if buffer.last_report is None or not buffer.clustered:
             return True
+        if self.note(buffer) or step % self.check_every:
+            return False
+        return self._reference - buffer.log_likelihood_of(self._probe) > self.threshold
+
+    def note(self, buffer: ClusteredReplayBuffer) -> bool:
+        """Note how likely the probe set is under the last clustering, if that is new; whether it was."""
+        report = buffer.last_report
         if self._buffer is None and report is self._report:  # copied together with its buffer
             self._buffer = weakref.ref(buffer)
         elif self._buffer is None or self._buffer() is not buffer:
             self._forget()
             self._buffer = weakref.ref(buffer)
-        if report is not self._report:
-            if len(self._probe) < min(self.probe_size, len(buffer)):
-                self._probe = self._drawn(len(buffer))
-            self._reference = buffer.log_likelihood_of(self._probe)
-            self._report = report
+        if report is self._report:
             return False
-        if step % self.check_every:
-            return False
-        return self._reference - buffer.log_likelihood_of(self._probe) > self.threshold
+        if len(self._probe) < min(self.probe_size, len(buffer)):
+            self._probe = self._drawn(len(buffer))
+        self._reference = buffer.log_likelihood_of(self._probe)
+        self._report = report
+        return True
+
+    @staticmethod
+    def check_clusterer(clusterer: object) -> None:
+        """ValueError for a clusterer that has no likelihood to compare; None is the default one."""
+        if clusterer is not None and not hasattr(clusterer, "log_likelihood_of"):
+            name = getattr(clusterer, "__name__", type(clusterer).__name__)
+            fail("clusterer", "one with log_likelihood_of(embeddings), by which OnDrift decides", name)
 
     def options(self) -> dict[str, Any]:
         """What another one like this is made of."""

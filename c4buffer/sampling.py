@@ -77,8 +77,8 @@ class SingleClusterSampler:
 
     @property
     def clustered(self) -> bool:
-        """Whether there are clusters to draw from."""
-        return self._partition is not None
+        """Whether a row is held that a clustering has seen. When the last is overwritten, p stays as it was."""
+        return self._partition is not None and self._partition.assigned > 0
 
     def extend(self, rows: int) -> None:
         """Rows were appended at the end."""
@@ -93,11 +93,8 @@ class SingleClusterSampler:
         rows = rows.unique()
         if self._partition is not None:
             self._partition.forget(rows)
-            if self._partition.assigned == 0:
-                self._partition = None
-            else:
-                self._label(self._partition, rows)
-                self._rehouse(self._partition)
+            self._label(self._partition, rows)
+            self._rehouse(self._partition)
         self._forget_ahead()
 
     def assign(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Union
@@ -191,13 +191,19 @@ class Transitions:
         return Transitions.unchecked(columns, indices=self.indices, cluster=self.cluster)
 
     @staticmethod
-    def concatenate(parts: Sequence[Transitions]) -> Transitions:
-        """All rows of `parts`, in order. Each part keeps its own ends and next actions; nothing is linked across."""
+    def concatenate(parts: Iterable[Transitions]) -> Transitions:
+        """All rows of `parts`, in order. Each part keeps its own ends and next actions; nothing is linked across.
+
+        Raises:
+            ValueError: for no parts, and for parts of other shapes or dtypes.
+        """
+        parts = list(parts)
         if not parts:
             fail("parts", "at least one Transitions", "none")
         first = parts[0]
         for part in parts[1:]:
             _check_same_form(first.observations, part.observations, rows=False, argument="parts")
+            _check_same_form(first.actions, part.actions, rows=False, argument="parts", of="actions")
 
         def join(name: str) -> Any:
             values = [getattr(part, name) for part in parts]
@@ -288,7 +294,12 @@ def _as_observations(argument: str, value: Any) -> Observations:
 
 
 def _check_same_form(
-    one: Observations, other: Observations, *, rows: bool = True, argument: str = "next_observations"
+    one: Observations,
+    other: Observations,
+    *,
+    rows: bool = True,
+    argument: str = "next_observations",
+    of: str = "observations",
 ) -> None:
     """Same structure, shapes and dtypes; `rows=False` lets the number of rows differ."""
 
@@ -302,7 +313,7 @@ def _check_same_form(
         return f"({', '.join(leaves)})" if isinstance(observations, tuple) else leaves[0]
 
     if form(one) != form(other):
-        fail(argument, f"the form of observations, {form(one)}", form(other))
+        fail(argument, f"the form of {of}, {form(one)}", form(other))
 
 
 def _as_actions(argument: str, value: Any, rows: int) -> Tensor:

@@ -229,6 +229,16 @@ def test_scikit_learn_finds_what_it_finds_by_itself_in_the_standardised_embeddin
     assert type(clusterer.estimator_) is type(estimator)
 
 
+@pytest.mark.parametrize("estimator", [KMeans(3, n_init=1), make_pipeline(PCA(3), GaussianMixture(3))])
+def test_an_estimator_without_a_seed_leaves_the_global_generator_alone(estimator: Any) -> None:
+    np.random.seed(7)
+    expected = np.random.rand()
+    np.random.seed(7)
+    first = SklearnClusterer(estimator)(blobs()[0])
+    assert np.random.rand() == expected
+    assert torch.equal(SklearnClusterer(estimator)(blobs()[0]), first)
+
+
 def test_the_estimator_is_never_touched_and_each_call_fits_a_fresh_copy() -> None:
     estimator = KMeans(3, random_state=0)
     before = dict(vars(estimator))

@@ -734,6 +734,13 @@ def test_changes_after_a_refresh_leave_its_mixture_as_it_was() -> None:
         assert torch.equal(buffer.mixture.responsibilities, before)
 
 
+def test_a_clusterer_may_give_whole_numbers() -> None:
+    labels = torch.arange(60) % 3
+    buffer = buffer_of(clusterer=lambda embeddings, previous: nn.functional.one_hot(labels, 3))
+    buffer.refresh(CRITICS)
+    assert torch.equal(buffer.responsibilities.argmax(dim=1), labels)
+
+
 def test_rows_come_and_go_between_refreshes() -> None:
     buffer = buffer_of(capacity=80)
     buffer.refresh(CRITICS)
@@ -741,8 +748,14 @@ def test_rows_come_and_go_between_refreshes() -> None:
     buffer.extend(transitions(20, seed=1))
     np.testing.assert_allclose(buffer.probabilities, p, rtol=1e-12)
     np.testing.assert_allclose(buffer.responsibilities[60:], p.expand(20, 3), rtol=1e-6)
-    buffer.extend(transitions(79, seed=2))  # overwrites all but the newest of the rows before
-    assert buffer.sample(8).cluster == -1
+    buffer.extend(transitions(59, seed=2))  # overwrites all but one of the rows before
+    assert buffer.clustered
+    p = buffer.probabilities
+    buffer.extend(transitions(1, seed=3))
+    assert not buffer.clustered
+    assert buffer.sample(8).cluster >= 0
+    assert torch.equal(buffer.probabilities, p)
+    np.testing.assert_allclose(buffer.responsibilities, p.expand(80, 3), rtol=1e-6)
     buffer.refresh(CRITICS)
     assert len(buffer.responsibilities) == 80
     assert buffer.sample(8).cluster >= 0

@@ -367,6 +367,24 @@ def test_only_tensors_and_plain_values_are_saved(tmp_path: Path) -> None:
 
 # Saving that fails
 
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_a_state_does_not_change_with_the_buffer_that_gave_it(case: str) -> None:
+    buffer = buffer_of(**OPTIONS[case])
+    buffer.attach(critics())
+    for _ in range(5):
+        buffer.sample(16)
+    state = buffer.state_dict()
+    expected = [buffer.sample(16).indices for _ in range(20)]
+    rows = buffer.state_dict()["storage"]["rows"]
+    buffer.extend(transitions(300, seed=1))
+    buffer.refresh()
+    buffer.load_state_dict(state)
+    assert all(torch.equal(buffer.state_dict()["storage"]["rows"][name], part) for name, part in rows.items())
+    for indices in expected:
+        assert torch.equal(buffer.sample(16).indices, indices)
+
+
 SAVER = """
 import sys, torch
 from c4buffer import ClusteredReplayBuffer, Transitions

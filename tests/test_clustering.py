@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import c4buffer.clustering
-from c4buffer import GaussianMixture, MixtureClusterer
+from c4buffer import Clusterer, Every, GaussianMixture, MixtureClusterer, RefreshPolicy
 from c4buffer.clustering import ranks_of_means
 from c4buffer.scaling import column_scaling
 
@@ -387,3 +387,9 @@ def test_ranks_of_means_are_the_order_of_their_distances_after_standardising() -
 def test_ranks_of_means_take_responsibilities_of_another_precision() -> None:
     X, r = blobs(20), torch.eye(2)[torch.arange(20) % 2]
     assert torch.equal(ranks_of_means(X, r), ranks_of_means(X, r.double()))
+
+
+def test_the_protocols_can_be_asked_for() -> None:
+    assert isinstance(MixtureClusterer(3), Clusterer)
+    assert isinstance(Every(3), RefreshPolicy)
+    assert not isinstance(3, Clusterer)

@@ -462,6 +462,27 @@ def test_what_is_wrong_with_a_critic_is_said_of_all_rows_not_of_those_probed(
         stacked_gradients(Critics(raises, critic), batch)
 
 
+def test_features_of_a_critic_of_discrete_actions_may_be_of_the_observations_alone() -> None:
+    class Alone(nn.Linear):
+        def features(self, observations: Tensor) -> Tensor:
+            return 2 * observations
+
+    class Both(nn.Linear):
+        def features(self, observations: Tensor, actions: Tensor) -> Tensor:
+            return 2 * observations
+
+    rows = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    batch = Transitions(
+        observations=rows,
+        actions=torch.zeros(6, dtype=torch.int64),
+        rewards=rows[:, 0],
+        next_observations=rows + 1,
+        terminals=torch.zeros(6),
+    )
+    for critic in (Alone(3, 2), Both(3, 2)):
+        assert torch.equal(stacked_features(Critics(critic, critic), batch), torch.cat([2 * rows + 2, 2 * rows], dim=1))
+
+
 def test_features_need_no_critic_that_can_be_differentiated(make_transitions: Callable[..., Transitions]) -> None:
     class Features(nn.Module):
         def features(self, observations: Tensor, actions: Tensor) -> Tensor:

@@ -308,11 +308,31 @@ def test_drift_needs_a_clusterer_with_a_likelihood(
         def __call__(self, embeddings: Tensor, previous: Tensor | None) -> Tensor:
             return torch.full((len(embeddings), 2), 0.5)
 
-    buffer, _ = drifting(make_transitions, make_critic, clusterer=Halves())
-    buffer.sample(8)
-    message = "clusterer: expected one with log_likelihood_of(embeddings), got Halves"
+    message = "clusterer: expected one with log_likelihood_of(embeddings), by which OnDrift decides, got Halves"
     with pytest.raises(ValueError, match="^" + re.escape(message)):
+        drifting(make_transitions, make_critic, clusterer=Halves())
+    buffer, _ = drifting(make_transitions, make_critic, refresh=None, clusterer=Halves())
+    buffer.sample(8)
+    with pytest.raises(
+        ValueError, match="^" + re.escape("clusterer: expected one with log_likelihood_of(embeddings), got")
+    ):
+        buffer.log_likelihood_of(torch.arange(3))
+
+
+def test_drift_between_a_refresh_and_the_next_batch_is_seen(
+    make_transitions: Callable[..., Transitions], make_critic: Callable[..., nn.Module]
+) -> None:
+    for refreshes_itself in (True, False):
+        buffer, critic = drifting(make_transitions, make_critic, refresh=OnDrift(1.0, check_every=1))
+        if refreshes_itself:
+            buffer.sample(8)
+        else:
+            buffer.refresh()
+        report = buffer.last_report
+        for parameter in critic.parameters():
+            parameter.data *= 3
         buffer.sample(8)
+        assert buffer.last_report is not report
 
 
 def test_a_warm_clusterer_and_one_policy_for_two_buffers(

@@ -117,16 +117,28 @@ def test_hard_assignment_is_the_arg_max_and_p_is_formed_after_it() -> None:
     assert sampler.probabilities.tolist() == [0.75, 0.25]
 
 
-def test_all_rows_overwritten_is_back_to_uniform() -> None:
-    sampler = sampler_of(soft(30, 3))
+@pytest.mark.parametrize("replacement", [True, False])
+def test_when_all_rows_are_overwritten_they_are_drawn_by_the_last_p(replacement: bool) -> None:
+    sampler = sampler_of(soft(30, 3), replacement=replacement)
     sampler.extend(5)
     for rows in torch.arange(35).flip(0).split(8):
         assert sampler.clustered
+        p = sampler.probabilities
         sampler.overwrite(rows)
     assert not sampler.clustered
+    assert torch.equal(sampler.probabilities, p)
+    torch.testing.assert_close(sampler.responsibilities, p.expand(35, 3))
+    ids, r, shares = sampler.partition_for(36)  # more than any cluster has
+    assert (len(ids), r.shape, shares.tolist()) == (1, (35, 1), [1.0])
+    sampler.extend(1)
     rows, clusters = draw(sampler, 1000, 4)
-    assert set(clusters.tolist()) == {-1}
-    assert p_value(torch.bincount(rows.flatten(), minlength=35), torch.ones(35)) > REJECT
+    if replacement:
+        assert p_value(torch.bincount(clusters, minlength=3), p) > REJECT
+        assert p_value(torch.bincount(rows.flatten(), minlength=36), torch.ones(36)) > REJECT
+    again = empty_sampler(replacement=replacement)
+    again.restore(sampler.state())
+    for one, other in zip(draw(again, 20, 4), draw(sampler, 20, 4)):
+        assert torch.equal(one, other)
 
 
 def test_a_cluster_whose_rows_are_all_overwritten_is_never_drawn() -> None:
@@ -196,6 +208,7 @@ class History(RuleBasedStateMachine):
         self.r = np.zeros((rows, 1))
         self.distances: np.ndarray | None = None
         self.known = np.zeros(rows, dtype=bool)
+        self.p: np.ndarray | None = None  # once there are clusters
 
     @rule(rows=st.integers(1, 12))
     def extend(self, rows: int) -> None:
@@ -211,6 +224,8 @@ class History(RuleBasedStateMachine):
         rows = np.arange(int(first * size), int((first + share) * size) + 1) % size
         self.sampler.overwrite(torch.from_numpy(rows))
         self.known[rows] = False
+        if self.known.any():
+            self.p = self.r[self.known].mean(axis=0)
 
     @rule(
         clusters=st.integers(1, 5),
@@ -228,6 +243,7 @@ class History(RuleBasedStateMachine):
             self.r = np.eye(clusters)[self.r.argmax(axis=1)]
         self.distances = None if distances is None else distances.numpy()
         self.known = np.ones(rows, dtype=bool)
+        self.p = self.r.mean(axis=0)
 
     @rule(batch_size=st.integers(1, 12), batches=st.integers(1, 5))
     def sample(self, batch_size: int, batches: int) -> None:
@@ -236,7 +252,7 @@ class History(RuleBasedStateMachine):
         rows, clusters = draw(self.sampler, batches, batch_size)
         assert int(rows.min()) >= 0
         assert int(rows.max()) < len(self.known)
-        ids = self.sampler.partition_for(batch_size)[0].tolist() if self.known.any() else [-1]
+        ids = self.sampler.partition_for(batch_size)[0].tolist() if self.p is not None else [-1]
         assert set(clusters.tolist()) <= set(ids)
 
     @invariant()
@@ -244,18 +260,18 @@ class History(RuleBasedStateMachine):
         assert self.sampler.size == len(self.known)
         assert self.sampler.clustered == bool(self.known.any())
 
-    @precondition(lambda self: self.known.any())
+    @precondition(lambda self: self.p is not None)
     @invariant()
     def uniform_in_closed_form(self) -> None:
         tolerance = TOLERANCE[self.dtype]
         r = self.r.copy()
-        r[~self.known] = r[self.known].mean(axis=0)
+        r[~self.known] = self.p
         np.testing.assert_allclose(self.sampler.responsibilities, r, rtol=tolerance, atol=tolerance)
         assert_uniform(self.sampler.responsibilities, self.sampler.probabilities, tolerance)
         for batch_size in (len(r) // 8 + 1, len(r) // 4 + 1, len(r) // 2 + 1):
             ids, remaining, p = self.sampler.partition_for(batch_size)
             assert_uniform(remaining, p, tolerance)
-            expected = dissolved(r, self.known, self.distances, batch_size)
+            expected = dissolved(r, self.known, self.distances, batch_size) if self.known.any() else None
             if self.sampler.replacement and expected is not None and self.dtype is torch.float64:
                 assert ids.tolist() == expected[0]
                 np.testing.assert_allclose(remaining, expected[1], rtol=1e-9, atol=1e-12)
@@ -636,7 +652,9 @@ def test_batches_drawn_ahead_are_dropped_at_every_change() -> None:
         rows, clusters = draw(sampler, 10, 32)
         assert torch.equal(labels[rows], clusters.unsqueeze(1).expand(-1, 32))
     sampler.overwrite(torch.arange(1000))
-    assert draw(sampler, 10, 32)[1].tolist() == [-1] * 10
+    rows, clusters = draw(sampler, 10, 32)
+    assert any(len(set(labels[batch].tolist())) == 2 for batch in rows)
+    assert set(clusters.tolist()) == {0, 1}
 
 
 def test_a_change_of_batch_size_draws_no_more_than_is_asked_for() -> None:

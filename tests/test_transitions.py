@@ -366,11 +366,23 @@ def test_wrong_input_is_refused_by_name(fields: dict[str, Any], message: str) ->
             lambda: [build(2), build(3, observations=torch.zeros(3, 5), next_observations=torch.zeros(3, 5))],
             "parts: expected the form of observations, [N, 3] torch.float32, got [N, 5] torch.float32",
         ),
+        (
+            lambda: [build(2), build(3, actions=torch.zeros(3, 7))],
+            "parts: expected the form of actions, [N, 2] torch.float32, got [N, 7] torch.float32",
+        ),
+        (
+            lambda: [build(2), build(3, actions=torch.zeros(3, dtype=torch.int64))],
+            "parts: expected the form of actions, [N, 2] torch.float32, got [N] torch.int64",
+        ),
     ],
 )
 def test_concatenate_refuses_parts_that_do_not_fit(parts: Callable[[], list[Transitions]], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         Transitions.concatenate(parts())
+
+
+def test_concatenate_takes_parts_as_they_come() -> None:
+    assert len(Transitions.concatenate(build(rows) for rows in (2, 3))) == 5
 
 
 def test_replace_keeps_what_it_is_not_given(make_transitions: Callable[..., Transitions]) -> None:

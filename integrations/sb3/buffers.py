@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ class _Clustered(ReplayBuffer):
     """What the four buffers share.
 
     Args:
-        n_clusters: K. With one, batches are the host's own.
+        n_clusters: K. With one, batches are the host's own. "auto": at each clustering the K of the lowest BIC.
         embedding: what is clustered, "gradients" or "features".
         refresh_interval: batches between clusterings. None: max(1000, N // 10).
         assignment: "soft" or "hard".
@@ -45,7 +45,7 @@ class _Clustered(ReplayBuffer):
     def __init__(
         self,
         *arguments: Any,
-        n_clusters: int = 3,
+        n_clusters: int | Literal["auto"] = 3,
         embedding: str = "gradients",
         refresh_interval: int | None = None,
         assignment: str = "soft",
@@ -53,7 +53,8 @@ class _Clustered(ReplayBuffer):
         c4_seed: int | None = None,
         **options: Any,
     ) -> None:
-        check_integer("n_clusters", n_clusters, minimum=1)
+        if n_clusters != "auto":
+            n_clusters = check_integer("n_clusters", n_clusters, minimum=1)
         check_choice("embedding", embedding, ("gradients", "features"))
         check_choice("assignment", assignment, ("soft", "hard"))
         if refresh_interval is not None:
@@ -64,7 +65,7 @@ class _Clustered(ReplayBuffer):
         if space is not None:
             self._check_space(space)
         super().__init__(*arguments, **options)
-        if n_clusters > self.buffer_size * self.n_envs:
+        if n_clusters != "auto" and n_clusters > self.buffer_size * self.n_envs:
             fail("n_clusters", f"at most the {self.buffer_size * self.n_envs} transitions of the buffer", n_clusters)
         self._generator = None
         self.n_clusters = n_clusters
@@ -166,7 +167,7 @@ class _Clustered(ReplayBuffer):
         assert self._sampler is not None
         started = time.perf_counter()
         rows = np.flatnonzero(self._is_valid(np.arange(self._stored_rows())))
-        if len(rows) < self.n_clusters:
+        if len(rows) < (2 if self.n_clusters == "auto" else self.n_clusters):
             return
         state = np.random.get_state()  # the host's reading draws from the global generator
         try:
@@ -258,7 +259,7 @@ class _Clustered(ReplayBuffer):
         return view
 
     def _warn_once(self) -> None:
-        if not self._warned and self.n_clusters > 1:
+        if not self._warned and self.n_clusters != 1:
             self._warned = True
             warnings.warn(
                 "sampling stays uniform until the buffer knows the critics: learn(..., callback=C4Callback())",

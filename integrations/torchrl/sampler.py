@@ -13,7 +13,7 @@ from torch import Tensor
 from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.data.replay_buffers.storages import Storage
 
-from c4buffer import Clusterer, Critics, RefreshPolicy, RefreshReport, SingleClusterSampler
+from c4buffer import Clusterer, Critics, OnDrift, RefreshPolicy, RefreshReport, SingleClusterSampler
 from c4buffer._checks import check_choice, check_integer, fail
 from c4buffer.checkpoint import load, save
 from c4buffer.embedding import EMBEDDINGS, Embedding, embed_rows
@@ -40,7 +40,7 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
     a TensorDictReplayBuffer samples; -1 before the first clustering.
 
     Args:
-        n_clusters: K.
+        n_clusters: K. "auto": at each clustering the K of the lowest BIC.
         embedding: what is clustered: "gradients", "features" or a callable `(critics, transitions) -> [N, E]`.
         refresh: when to cluster again: `Every(n)`, `OnDrift(threshold)` or any `(step, sampler) -> bool`. None:
             max(1000, N // 10) batches after the last time, the first as soon as critics are attached.
@@ -63,7 +63,7 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
 
     def __init__(
         self,
-        n_clusters: int = 3,
+        n_clusters: int | Literal["auto"] = 3,
         *,
         embedding: Union[Literal["gradients", "features"], Embedding] = "gradients",
         refresh: RefreshPolicy | None = None,
@@ -74,11 +74,14 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
         keys: Keys = DEFAULT_KEYS,
         seed: int | None = None,
     ) -> None:
-        n_clusters = check_integer("n_clusters", n_clusters, minimum=1)
+        if n_clusters != "auto":
+            n_clusters = check_integer("n_clusters", n_clusters, minimum=1)
         if not callable(embedding):
             check_choice("embedding", embedding, tuple(EMBEDDINGS))
         if refresh is not None and not callable(refresh):
             fail("refresh", "a callable or None", repr(refresh))
+        if isinstance(refresh, OnDrift):
+            refresh.check_clusterer(clusterer)
         check_choice("assignment", assignment, ("soft", "hard"))
         if seed is not None:
             seed = check_integer("seed", seed, minimum=0)
@@ -86,7 +89,7 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
         self.n_clusters = n_clusters
         self.keys = keys
         self._clusterer = reduced(clusterer, n_clusters, generator=self._generator, max_dim=max_dim)
-        self._fewest_rows = n_clusters if clusterer is None else 1
+        self._fewest_rows = n_clusters if clusterer is None and isinstance(n_clusters, int) else 1
         self._embedding = embedding
         self._refresh_policy = refresh
         self._critics: Critics | None = None
@@ -146,6 +149,8 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
             device=_device_of(critics),
         )
         self._next_refresh = self._batches + max(1000, self._rows.size // 10)
+        if isinstance(self._refresh_policy, OnDrift) and self._critics is not None:
+            self._refresh_policy.note(cast(Any, self))
         return self._last_report
 
     def log_likelihood_of(self, rows: Tensor) -> float:
@@ -168,7 +173,7 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
 
     @property
     def clustered(self) -> bool:
-        """Whether there are clusters to draw from."""
+        """Whether rows are held that a clustering has seen."""
         return self._rows.clustered
 
     @property

@@ -527,6 +527,14 @@ def test_what_does_not_fit_is_refused() -> None:
         _ = clustered(SAC).replay_buffer.probabilities
 
 
+def test_k_by_bic() -> None:
+    model = clustered(SAC, n_clusters="auto")
+    model.learn(30, callback=C4Callback())
+    with attached(model, CovariancePenalty(0.1)):
+        model.replay_buffer.sample(8)
+        assert len(model.replay_buffer.probabilities) >= 1
+
+
 def test_spaces_that_do_not_fit_a_buffer_are_refused() -> None:
     goals = "observation_space: expected a Dict with achieved_goal, desired_goal, observation, for hindsight"
     for env, cls, policy, message in (

@@ -436,6 +436,16 @@ def test_rows_overwritten_between_loading_and_the_first_batch_lose_their_cluster
     assert torch.equal(loaded.responsibilities[12:], sampler.responsibilities[12:])
 
 
+def test_k_by_bic(critics: Critics) -> None:
+    sampler = ClusterSampler("auto", seed=0)
+    buffer = filled(sampler)
+    sampler.attach(critics)
+    buffer.sample()
+    assert 1 <= len(sampler.probabilities) <= 200
+    with pytest.raises(ValueError, match="n_clusters: expected an integer of at least 1, got 'some'"):
+        ClusterSampler("some")  # type: ignore[arg-type]
+
+
 def test_a_clusterer_of_ones_own_takes_as_few_rows_as_it_likes(critics: Critics) -> None:
     sampler = ClusterSampler(clusterer=lambda y, previous: torch.ones(len(y), 1), seed=0)
     buffer = filled(sampler, rows=2, batch_size=4)

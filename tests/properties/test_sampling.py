@@ -69,6 +69,7 @@ class SamplerHistory(RuleBasedStateMachine):
         self.sampler = new_sampler(seed, assignment=assignment, replacement=replacement)
         self.twin = new_sampler(seed, assignment=assignment, replacement=replacement)
         self.known = np.zeros(rows, dtype=bool)  # rows that the last clustering has seen
+        self.assigned = False
         for sampler in (self.sampler, self.twin):
             sampler.extend(rows)
 
@@ -98,6 +99,7 @@ class SamplerHistory(RuleBasedStateMachine):
         for sampler in (self.sampler, self.twin):
             sampler.assign(r, distances=means)
         self.known[:] = True
+        self.assigned = True
 
     def partition_for(self, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
         self.twin.partition_for(batch_size)  # without replacement, rows of dissolved clusters are drawn others there
@@ -118,7 +120,7 @@ class SamplerHistory(RuleBasedStateMachine):
             assert int(rows.max()) < len(self.known)
             if not self.sampler.replacement:
                 assert len(rows.unique()) == batch_size
-            if not self.known.any():
+            if not self.assigned:
                 assert cluster == -1
                 continue
             ids, r, p = self.partition_for(batch_size)
@@ -131,7 +133,7 @@ class SamplerHistory(RuleBasedStateMachine):
         assert self.sampler.size == len(self.known)
         assert self.sampler.clustered == bool(self.known.any())
 
-    @precondition(lambda self: self.known.any())
+    @precondition(lambda self: self.assigned)
     @invariant()
     def every_row_is_equally_likely_for_every_batch_size(self) -> None:
         r, p = self.sampler.responsibilities, self.sampler.probabilities
