@@ -54,7 +54,7 @@ def train(data: Transitions, updates: int, batch_size: int = 256) -> Policy:
     q = nn.ModuleList([mlp(sum(dims), 1) for _ in range(2)])
     target_q = copy.deepcopy(q).requires_grad_(False)
     advantage = VEnsembleAdvantage(quantile=0.5)
-    temperature = TemperatureController(estimate_log_likelihood_target(data, lambda: Policy(*dims)))
+    temperature = TemperatureController(estimate_log_likelihood_target(data, lambda: Policy(*dims)), learning_rate=3e-3)
     value_optimizer = torch.optim.Adam(itertools.chain(q.parameters(), v.parameters()), lr=3e-4)
     policy_optimizer = torch.optim.Adam(policy.parameters(), lr=3e-4)
 

@@ -1,6 +1,6 @@
 """TD3+BC on 10,000 transitions of Hopper, plain and with C4: trained side by side, measured, and drawn.
 
-    python examples/quickstart.py                            # 40,000 updates: eight or nine minutes on two cores
+    python examples/quickstart.py                            # 40,000 updates: eight to ten minutes on two cores
     python examples/quickstart.py --updates 4000             # a first look
     python examples/quickstart.py --data medium-replay       # where plain TD3+BC does not break
 
