@@ -27,7 +27,7 @@ from .refresh import OnDrift, RefreshPolicy, RefreshReport, refreshed
 from .sampling import SingleClusterSampler
 from .storage import RingStorage, own_folder
 from .trajectories import Neighbours, Trajectories
-from .transitions import Observations, Transitions
+from .transitions import Observations, Transitions, as_tensor
 from .windows import Windows
 
 
@@ -232,22 +232,22 @@ class ClusteredReplayBuffer:
         and the newest row have none. Floats that are not tensors come in torch's default dtype, and all are cast to the
         dtypes of the transitions held.
         """
-        single = torch.as_tensor(rewards).ndim == 0
+        single = as_tensor("rewards", rewards).ndim == 0
 
-        def rows(value: Any) -> Tensor:
-            tensor = torch.as_tensor(value)
+        def rows(name: str, value: Any) -> Tensor:
+            tensor = as_tensor(name, value)
             if tensor.dtype == torch.float64 and not isinstance(value, Tensor):
                 tensor = tensor.to(torch.get_default_dtype())  # environments give float64, networks take float32
             return tensor.unsqueeze(0) if single else tensor
 
-        actions = rows(actions)
-        timeouts = torch.zeros(len(rows(rewards))) if timeouts is None else rows(timeouts)
+        actions, rewards = rows("actions", actions), rows("rewards", rewards)
+        timeouts = torch.zeros(len(rewards)) if timeouts is None else rows("timeouts", timeouts)
         step = Transitions(
-            observations=map_leaves(rows, observations),
+            observations=map_leaves(partial(rows, "observations"), observations),
             actions=actions,
-            rewards=rows(rewards),
-            next_observations=map_leaves(rows, next_observations),
-            terminals=rows(terminals),
+            rewards=rewards,
+            next_observations=map_leaves(partial(rows, "next_observations"), next_observations),
+            terminals=rows("terminals", terminals),
             timeouts=timeouts,
             next_actions=actions,
             has_next_actions=torch.zeros(len(actions)),

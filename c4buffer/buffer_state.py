@@ -126,7 +126,7 @@ def _restore(buffer: Any, state: dict[str, Any]) -> None:
         bool(state["policy"]["compared"])
     before = buffer._clusterer.state_dict()
     try:
-        on_device = _each_tensor(lambda tensor: tensor.to(buffer.device), state["clusterer"])
+        on_device = _each_tensor(lambda part: part.to(buffer.device, copy=True), state["clusterer"])
         buffer._clusterer.load_state_dict(on_device)
     except Exception:
         buffer._clusterer.load_state_dict(before)

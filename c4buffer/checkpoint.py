@@ -16,7 +16,7 @@ from torch import Tensor
 from ._checks import fail
 
 FORMAT = "c4buffer"
-VERSION = 1
+VERSION = 2
 PLAIN = (bool, int, float, str, type(None))
 HASHED_BYTES = 1 << 24  # at once
 
@@ -40,12 +40,12 @@ def save(path: str | os.PathLike[str], kind: str, state: Any) -> None:
     tree = _outlined(state, tensors, "state")
     document = json.dumps({"kind": kind, "version": VERSION, "state": tree, "tensors": _descriptions(tensors)})
     metadata = {"format": FORMAT, "document": document, "digest": hashlib.blake2b(document.encode()).hexdigest()}
-    target = Path(path)
+    target = Path(os.path.realpath(path))  # of a link, what it leads to
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
     os.close(handle)
     try:
         save_file(tensors, name, metadata)
-        with open(name, "rb") as file:
+        with open(name, "r+b") as file:
             os.fsync(file.fileno())
         os.chmod(name, _permissions(target))
         os.replace(name, target)

@@ -86,7 +86,7 @@ class SingleClusterSampler:
         if self._partition is not None:
             self._partition.grow(self.size)
             self._label(self._partition, torch.arange(self.size - rows, self.size))
-        self._forget_ahead()
+        self.forget_ahead()
 
     def overwrite(self, rows: Tensor) -> None:
         """Rows [M] hold new transitions."""
@@ -95,7 +95,7 @@ class SingleClusterSampler:
             self._partition.forget(rows)
             self._label(self._partition, rows)
             self._rehouse(self._partition)
-        self._forget_ahead()
+        self.forget_ahead()
 
     def assign(
         self,
@@ -125,11 +125,14 @@ class SingleClusterSampler:
             r[:, start : start + len(part)] = (part / part.sum(dim=1, keepdim=True)).T
         d = None if distances is None else distances.T.cpu().contiguous()
         self._partition = Partition(r, torch.arange(len(r)), d)
-        self._trajectories = None if trajectories is None else (*trajectories, r.argmax(dim=0))
+        # copies: the ring numbers its rows anew, while the clusters are those of these rows
+        self._trajectories = None
+        if trajectories is not None:
+            self._trajectories = trajectories[0].clone(), trajectories[1].clone(), r.argmax(dim=0)
         if not self.replacement:
             self._partition.labels = torch.full((self.size,), -1)
             self._label(self._partition, torch.arange(self.size))
-        self._forget_ahead()
+        self.forget_ahead()
 
     def state(self) -> dict[str, Any]:
         """All that the batches to come depend on, for a checkpoint."""
@@ -177,7 +180,7 @@ class SingleClusterSampler:
         if not self.replacement:
             return self._walk(batch_size)
         if self._ahead_for != batch_size:
-            self._forget_ahead()
+            self.forget_ahead()
             self._ahead_for = batch_size
         if not self._ahead:
             self._draw_ahead(batch_size)
@@ -252,7 +255,8 @@ class SingleClusterSampler:
         for child in partition.dissolved.values():
             self._rehouse(child)
 
-    def _forget_ahead(self) -> None:
+    def forget_ahead(self) -> None:
+        """Batches to come are drawn by everything as it is now."""
         self._ahead.clear()
         self._pools.clear()
         self._block = 1

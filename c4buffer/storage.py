@@ -209,8 +209,9 @@ class RingStorage:
         """More rows, the first of them those held; all or, when memory fails, none."""
         rows = {}
         for dtype, old in self._rows.items():
+            kept = self.folder is not None and self._file(dtype).exists()  # with what was in it
             rows[dtype] = self._allocated(dtype, room, old.shape[1])
-            if self.folder is None:  # a file has kept what was in it
+            if not kept:
                 rows[dtype][: len(self)] = old[: len(self)]
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # a batch may be on its way, on a stream of its own
@@ -230,13 +231,20 @@ class RingStorage:
     def _allocated(self, dtype: torch.dtype, room: int, width: int) -> Tensor:
         if self.folder is None:
             return torch.empty(room, width, dtype=dtype, device=self.device)
-        path = self.folder / f"{_name(dtype)}.rows"
+        path = self._file(dtype)
         if path.exists() and dtype not in self._rows:
             fail("folder", "one without the files of another buffer", str(path))
+        needed = room * width * dtype.itemsize - (path.stat().st_size if path.exists() else 0)
+        if needed > shutil.disk_usage(self.folder).free:  # writing to a full disk would end the process
+            fail("capacity", f"one whose rows fit the disk of {self.folder}", f"{needed / 2**30:.1f} GiB")
         if path.exists():  # our own; torch, when it makes a file longer, overwrites the first byte
             os.truncate(path, room * width * dtype.itemsize)
         rows = torch.from_file(str(path), shared=True, size=room * width, dtype=dtype)
         return rows.view(room, width)
+
+    def _file(self, dtype: torch.dtype) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{_name(dtype)}.rows"
 
     def _check_form(self, transitions: Transitions) -> None:
         for name, stored in self._columns.items():
@@ -252,8 +260,14 @@ class RingStorage:
 def own_folder(owner: object, parent: str | os.PathLike[str] | None) -> Path:
     """A new folder in `parent` (None: where the system has its temporary files), which goes with its owner."""
     folder = Path(tempfile.mkdtemp(prefix="c4buffer-", dir=parent))
-    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
+    weakref.finalize(owner, _remove, folder, os.getpid())
     return folder
+
+
+def _remove(folder: Path, process: int) -> None:
+    """In the process that made it: a forked one has the owner, too, and the files are not its own."""
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _parts(rows: Tensor, wide: list[int], scalars: int) -> tuple[Iterator[Tensor], Iterator[Tensor]]:

@@ -975,3 +975,14 @@ def test_batches_drawn_before_a_failure_are_handed_out_first() -> None:
     assert [next(ahead) for _ in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(RuntimeError, match="no more"):
         next(ahead)
+
+
+def test_a_step_may_come_in_arrays_that_are_read_backwards_or_only_read() -> None:
+    image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    fixed = np.zeros(1, dtype=np.float32)
+    fixed.flags.writeable = False
+    buffer = ClusteredReplayBuffer(4)
+    buffer.add(image[:, :, ::-1], fixed, 0.0, image[::-1], False)
+    assert torch.equal(buffer.sample(1).observations[0], torch.from_numpy(image[:, :, ::-1].copy()))
+    with pytest.raises(ValueError, match="actions: expected numbers in one shape, got str"):
+        buffer.add(image, "left", 0.0, image, False)

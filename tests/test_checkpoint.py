@@ -350,10 +350,10 @@ def test_files_of_another_kind_version_or_maker_are_refused_by_name(tmp_path: Pa
     save_file({"x": torch.zeros(2)}, path)
     with pytest.raises(ValueError, match="^path: expected a file of c4buffer, got another one"):
         ClusteredReplayBuffer.load(path)
-    monkeypatch.setattr(checkpoint, "VERSION", 2)
+    monkeypatch.setattr(checkpoint, "VERSION", 9)
     buffer_of().save(path)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="version 1, got 2"):
+    with pytest.raises(ValueError, match=f"version {checkpoint.VERSION}, got 9"):
         ClusteredReplayBuffer.load(path)
     with pytest.raises(FileNotFoundError):
         ClusteredReplayBuffer.load(tmp_path / "nothing")
@@ -545,3 +545,24 @@ def test_names_that_look_alike_in_a_file_are_kept_apart(tmp_path: Path) -> None:
     assert loaded["a"]["b"].tolist() == [0, 0, 0]
     with pytest.raises(ValueError, match="^state: expected keys that are strings, got 3$"):
         checkpoint.save(tmp_path / "file", "kind", {3: 1})
+
+
+def test_a_loaded_buffer_holds_nothing_of_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "buffer"
+    buffer = buffer_of(max_dim=5)
+    buffer.refresh()
+    buffer.save(path)
+    loaded = ClusteredReplayBuffer.load(path)
+    means = loaded.mixture.means.clone()
+    path.write_bytes(bytes(path.stat().st_size))
+    assert torch.equal(loaded.mixture.means, means)
+
+
+def test_a_link_goes_on_leading_to_the_file_that_is_saved(tmp_path: Path) -> None:
+    link, target = tmp_path / "link", tmp_path / "elsewhere" / "buffer"
+    target.parent.mkdir()
+    link.symlink_to(target)
+    for _ in range(2):
+        buffer_of().save(link)
+        assert link.is_symlink()
+        assert len(ClusteredReplayBuffer.load(target)) == 400

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import c4buffer.storage as storage_file
-from c4buffer import Transitions
-from c4buffer.storage import RingStorage
+from c4buffer import ClusteredReplayBuffer, Transitions
+from c4buffer.storage import RingStorage, own_folder
 from c4buffer.transitions import observation_leaves
 
 CPU = torch.device("cpu")
@@ -414,3 +416,37 @@ def test_rows_of_another_form_are_refused_and_nothing_changes(case: str) -> None
     assert len(storage) == storage.written == 3
     assert_same_rows(everything(storage), in_form(form, 0, 3))
     assert storage.write(in_form(form, 3, 1)).tolist() == [3]
+
+
+def test_files_are_not_removed_by_a_forked_process_and_grow_back_whole(tmp_path: Path) -> None:
+    ring = RingStorage(100_000, device=CPU, growing=True)
+    ring.folder = own_folder(ring, tmp_path)
+    rows = torch.ones(3000, 2)
+    data = Transitions(
+        observations=rows, actions=rows, rewards=rows[:, 0], next_observations=rows, terminals=rows[:, 0]
+    )
+    ring.write(data)
+    child = os.fork()
+    if child == 0:
+        storage_file._remove(ring.folder, os.getppid())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert ring.folder.is_dir()
+    for file in ring.folder.iterdir():
+        file.unlink()  # as what cleans temporary files does
+    ring.write(data)
+    ring.write(data)
+    assert float(ring.rows(0, 9000).observations.min()) == 1
+
+
+def test_rows_that_the_disk_can_not_hold_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=10_000))
+    buffer = ClusteredReplayBuffer(1000, storage="memmap", folder=tmp_path)
+    rows = torch.ones(3, 2)
+    data = Transitions(
+        observations=rows, actions=rows, rewards=rows[:, 0], next_observations=rows, terminals=rows[:, 0]
+    )
+    with pytest.raises(ValueError, match="capacity: expected one whose rows fit the disk of"):
+        buffer.extend(data)
+    assert len(buffer) == 0

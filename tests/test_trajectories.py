@@ -426,3 +426,24 @@ def test_tails_of_dissolved_clusters_do_not_depend_on_when_a_batch_was_drawn() -
     for one, other in zip(*found):
         assert torch.equal(one, other)
     assert len(found[0][0]) == 2
+
+
+def test_a_buffer_with_tails_goes_on_as_one_that_was_saved_after_its_clustering() -> None:
+    rows = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
+    ends = (torch.arange(60) % 10 == 9).float()
+    data = Transitions(
+        observations=rows, actions=rows[:, :1], rewards=rows[:, 0], next_observations=rows, terminals=ends
+    )
+    labels = torch.arange(60) % 7 // 3
+    pair = []
+    for saved in (False, True):
+        buffer = ClusteredReplayBuffer.from_transitions(
+            data, seed=0, trajectory_tail=True, clusterer=lambda y, previous: nn.functional.one_hot(labels, 3)
+        )
+        buffer.refresh(Critics(nn.Bilinear(2, 1, 1), nn.Bilinear(2, 1, 1)))
+        if saved:
+            buffer.load_state_dict(buffer.state_dict())
+        buffer.extend(data[:16])
+        pair.append(buffer)
+    for _ in range(50):
+        assert torch.equal(pair[0].sample(8).indices, pair[1].sample(8).indices)

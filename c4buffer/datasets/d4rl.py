@@ -9,6 +9,7 @@ import torch
 
 from .._checks import fail
 from ..transitions import Transitions
+from .arrays import as_network_input
 
 REQUIRED = ("observations", "actions", "rewards", "terminals")
 
@@ -30,7 +31,7 @@ def load_d4rl(path: str | Path) -> Transitions:
         if missing:
             fail(str(path), f"the fields {', '.join(REQUIRED)}", f"a file without {', '.join(missing)}")
         fields: dict[str, Any] = {
-            name: torch.from_numpy(file[name][:])
+            name: as_network_input(name, file[name][:])
             for name in (*REQUIRED, "timeouts", "next_observations")
             if name in file
         }

@@ -39,6 +39,7 @@ class _Clustered(ReplayBuffer):
 
     _critics: Critics | None
     _sampler: SingleClusterSampler | None
+    _batch: Any
     _clusterer: ReducedClusterer
     _generator: torch.Generator | None
 
@@ -118,10 +119,10 @@ class _Clustered(ReplayBuffer):
         if self._critics is not None:
             self.bind(self._critics)
 
-    @property
-    def last_batch(self) -> Any:
-        """What `sample` gave last, while bound; for the penalty."""
-        return self._batch
+    def take_batch(self) -> Any:
+        """What `sample` gave last, while bound, once; for the penalty."""
+        batch, self._batch = self._batch, None
+        return batch
 
     @property
     def probabilities(self) -> torch.Tensor:

@@ -115,6 +115,9 @@ class _Watched(OffPolicyAlgorithm):
 
     def train(self, *arguments: Any, **options: Any) -> None:
         with _taken_off_by_exceptions(self):
+            attachment = ATTACHED.get(self)
+            if attachment is not None and attachment.is_of_another(self):
+                attach(self, attachment.penalty, attachment.every)
             super().train(*arguments, **options)
 
 
@@ -152,7 +155,8 @@ class _Attachment:
     def _cleared(self, clear: Callable[..., None], *arguments: Any, **options: Any) -> None:
         clear(*arguments, **options)
         due, self.steps = self.steps % self.every == 0, self.steps + 1
-        if not due or self.buffer.last_batch is None:
+        batch = self.buffer.take_batch()
+        if not due or batch is None:
             return
         parameters = [
             parameter
@@ -160,13 +164,17 @@ class _Attachment:
             for parameter in group["params"]
             if id(parameter) not in self.shared
         ]
-        penalty = self.penalty(self.critics, transitions_of_samples(self.buffer.last_batch))
+        penalty = self.penalty(self.critics, transitions_of_samples(batch))
         self.last_penalty = penalty.detach()
         for parameter, gradient in zip(parameters, _gradients(self.every * penalty, parameters)):
             if gradient is not None and parameter.grad is None:
                 parameter.grad = torch.empty_like(parameter).copy_(gradient)  # in the parameter's own layout
             elif gradient is not None:
                 parameter.grad += gradient
+
+    def is_of_another(self, model: Any) -> bool:
+        """Whether the model has another buffer or optimizer by now, as after `load_replay_buffer`."""
+        return model.replay_buffer is not self.buffer or optimizer_of(model) is not self.optimizer
 
     def metrics(self) -> dict[str, float]:
         """Of the last refresh and the last penalty."""

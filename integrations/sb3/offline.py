@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy as np
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import RolloutReturn
 
@@ -78,9 +79,10 @@ class _Offline(OffPolicyAlgorithm):
     def collect_rollouts(self, env: Any, callback: Any, *arguments: Any, **options: Any) -> RolloutReturn:
         callback.on_rollout_start()
         steps = max(1, self.gradient_steps)
+        seen = {"dones": np.zeros(1, dtype=bool), "rewards": np.zeros(1), "infos": [{}]}  # by callbacks
         for step in range(steps):
             self.num_timesteps += 1
-            callback.update_locals(locals())
+            callback.update_locals({**locals(), **seen})
             if not callback.on_step():
                 return RolloutReturn(step + 1, 0, continue_training=False)
             self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)

@@ -3,11 +3,14 @@
 import copy
 import dataclasses
 import math
+import threading
+import warnings
 from abc import ABCMeta
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Union, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchrl.data.replay_buffers.samplers import Sampler
@@ -99,11 +102,17 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
         self._replacement = replacement
         self._rows = self._new_rows(self._generator)
         self._last_report: RefreshReport | None = None
+        self._warned = False
         self._batches = 0
         self._next_refresh = 0
+        self._thread: int | None = None  # in which critics were attached, and are trained
+        self._lock = threading.RLock()
 
     def attach(self, critics: Critics, *, transform: Callable[[Any], Any] | None = None) -> None:
         """From now on, `sample` clusters by these critics when the refresh policy says so.
+
+        In this thread alone: a buffer with `prefetch` draws all batches but the first in others, where reading the
+        critics would race with their training. There, call `refresh` in the training loop; a warning says so once.
 
         Args:
             critics: as `critics_of(loss)` gives them.
@@ -113,18 +122,31 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
             fail("critics", "a Critics record", type(critics).__name__)
         if transform is not None and not callable(transform):
             fail("transform", "a callable or None", repr(transform))
-        self._critics, self._transform = critics, transform
+        self._critics, self._transform, self._thread = critics, transform, threading.get_ident()
 
     def sample(self, storage: Storage, batch_size: int) -> tuple[Any, dict[str, Any]]:
         """Row indices [batch_size] as the storage takes them, and {"cluster": int64 [batch_size]}."""
-        self._follow(storage)
-        if self._critics is not None and self._due():
-            self.refresh()
-        rows, cluster = self._rows.sample(batch_size)
-        self._batches += 1
+        with self._lock:
+            self._follow(storage)
+            if self._critics is not None and self._due():
+                self._refresh_here()
+            rows, cluster = self._rows.sample(batch_size)
+            self._batches += 1
         index = coordinates(rows, storage)
         first = index[0] if isinstance(index, tuple) else index
         return index, {"cluster": torch.full_like(first, cluster)}
+
+    def _refresh_here(self) -> None:
+        """Where the critics are trained; elsewhere they may be in the middle of an update."""
+        if self._thread in (None, threading.get_ident()):
+            self.refresh()
+        elif not self._warned:
+            self._warned = True
+            warnings.warn(
+                "batches are drawn in another thread than the critics were attached in (prefetch), where clustering "
+                "would race with the training: call the sampler's refresh() in the training loop, when it is due",
+                stacklevel=2,
+            )
 
     def refresh(self, critics: Critics | None = None) -> RefreshReport:
         """Cluster all stored rows, by the critics given or by those attached; batches of a buffer must have begun.
@@ -136,22 +158,23 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
         if not isinstance(critics, Critics):
             got = "None" if critics is None else type(critics).__name__
             fail("critics", "a Critics record, given or attached", got)
-        storage = self._followed()
-        self._follow(storage)
-        if self._rows.size < self._fewest_rows:
-            fail("n_clusters", f"at most the {self._rows.size} rows held", self._fewest_rows)
-        self._last_report = refreshed(
-            self._rows,
-            self._clusterer,
-            self._embedding,
-            critics,
-            lambda start, stop: stored(storage, torch.arange(start, stop), self.keys, self._transform),
-            device=_device_of(critics),
-        )
-        self._next_refresh = self._batches + max(1000, self._rows.size // 10)
-        if isinstance(self._refresh_policy, OnDrift) and self._critics is not None:
-            self._refresh_policy.note(cast(Any, self))
-        return self._last_report
+        with self._lock:
+            storage = self._followed()
+            self._follow(storage)
+            if self._rows.size < self._fewest_rows:
+                fail("n_clusters", f"at most the {self._rows.size} rows held", self._fewest_rows)
+            self._last_report = refreshed(
+                self._rows,
+                self._clusterer,
+                self._embedding,
+                critics,
+                lambda start, stop: stored(storage, torch.arange(start, stop), self.keys, self._transform),
+                device=_device_of(critics),
+            )
+            self._next_refresh = self._batches + max(1000, self._rows.size // 10)
+            if isinstance(self._refresh_policy, OnDrift) and self._critics is not None:
+                self._refresh_policy.note(cast(Any, self))
+            return self._last_report
 
     def log_likelihood_of(self, rows: Tensor) -> float:
         """Mean over rows [M], int64, of how likely the last mixture finds them by now, in nats; for `OnDrift`."""
@@ -199,6 +222,18 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
         """TorchRL wrote rows: [M], or [M, axes] of a storage with several."""
         self._written(index)
 
+    def mark_update(self, index: Any, *, storage: Storage | None = None) -> None:
+        """TorchRL wrote rows, by this buffer's writer or by that of another one with the same storage."""
+        if self._storage is None:
+            self._storage = storage
+        one_axis = storage is None or storage.ndim == 1
+        if isinstance(index, slice) and one_axis:
+            index = torch.arange(self._rows.size)[index]
+        if isinstance(index, (int, list, np.ndarray, Tensor)) and (one_axis or np.ndim(index) == 2):
+            self._written(index)
+        elif self._rows.size:  # nobody can tell which rows these are
+            self._empty()
+
     def state_dict(self) -> dict[str, Any]:
         """All that the batches to come depend on but the critics: clusters, generator, counters."""
         report = self._last_report
@@ -228,7 +263,7 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
             report = state_dict["report"]
             last_report = None if report is None else RefreshReport(**report)
             counters = int(state_dict["batches"]), int(state_dict["next_refresh"])
-            self._clusterer.load_state_dict(state_dict["clusterer"])
+            self._clusterer.load_state_dict(copy.deepcopy(state_dict["clusterer"]))  # which may lie in a file
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
             self._clusterer.load_state_dict(before)
             fail("state_dict", "what state_dict gave", f"{type(error).__name__}: {error}")
@@ -254,7 +289,11 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
         return f"ClusterSampler(n_clusters={self.n_clusters}, rows={len(self)}, clustered={self.clustered})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_critics": None, "_transform": None, "_storage": None}
+        left_out = ("_critics", "_transform", "_storage", "_thread", "_lock")
+        return {**vars(self), **dict.fromkeys(left_out)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({**state, "_lock": threading.RLock()})
 
     @property
     def _rng(self) -> torch.Generator:
@@ -264,6 +303,7 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
     def _rng(self, generator: torch.Generator | None) -> None:
         if generator is not None and generator.device.type == "cpu":
             self._generator.set_state(generator.get_state())  # the clusterer draws from it, too
+            self._rows.forget_ahead()
 
     def _options(self) -> dict[str, Any]:
         """Those that the meaning of a state depends on."""
@@ -272,7 +312,7 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
 
     def _empty(self) -> None:
         """Nothing is held any more."""
-        self._rows, self._last_report = self._new_rows(self._generator), None
+        self._rows, self._last_report, self._warned = self._new_rows(self._generator), None, False
         self._batches = self._next_refresh = 0
 
     def _new_rows(self, generator: torch.Generator) -> SingleClusterSampler:
@@ -299,7 +339,7 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
 
     def _written(self, index: Any) -> None:
         """Rows that were overwritten lose their cluster; those that came are counted with the next batch."""
-        if not self._rows.size:
+        if not self._rows.size or index is None:  # a writer that keeps the best rows gives None for another
             return
         rows = torch.as_tensor(index).cpu()
         if rows.ndim == 2:  # coordinates
@@ -309,9 +349,10 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
             shape = (1, *self._storage.shape[1:])
             rows = sum(column * math.prod(shape[axis + 1 :]) for axis, column in enumerate(rows.unbind(1)))
         rows = rows.reshape(-1)
-        overwritten = rows[rows < self._rows.size]
-        if len(overwritten):
-            self._rows.overwrite(overwritten)
+        overwritten = rows[(rows >= 0) & (rows < self._rows.size)]  # -1: not written, by the same writer
+        with self._lock:
+            if len(overwritten):
+                self._rows.overwrite(overwritten)
 
 
 def _device_of(critics: Critics) -> torch.device:

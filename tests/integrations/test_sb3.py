@@ -246,7 +246,7 @@ def test_nothing_is_left_behind() -> None:
     penalty = CovariancePenalty(0.1, scale="relative")
     model.learn(40, callback=C4Callback(penalty))
     assert "zero_grad" not in vars(optimizer)
-    assert model.replay_buffer.last_batch is None
+    assert model.replay_buffer.take_batch() is None
 
     def interrupted() -> None:
         with attached(model, penalty):
@@ -375,7 +375,7 @@ def test_dictionaries_images_and_n_steps_train() -> None:
         env = DummyVecEnv([Toy] * n_envs)
         model = clustered(TD3, env, cls=ClusteredNStepReplayBuffer, buffer={"n_steps": 3, "gamma": 0.9})
         model.learn(120, callback=C4Callback(penalty))
-        assert model.replay_buffer.last_batch is None
+        assert model.replay_buffer.take_batch() is None
     for algorithm, share in ((DQN, False), (SAC, False), (SAC, True)):
         kwargs: dict[str, Any] = {"net_arch": [16]}
         if algorithm is SAC:
@@ -533,6 +533,29 @@ def test_k_by_bic() -> None:
     with attached(model, CovariancePenalty(0.1)):
         model.replay_buffer.sample(8)
         assert len(model.replay_buffer.probabilities) >= 1
+
+
+def test_the_penalty_follows_the_models_buffer_and_optimizer(tmp_path: Path) -> None:
+    model = clustered(SAC)
+    model.learn(60, callback=C4Callback())
+    model.save_replay_buffer(tmp_path / "buffer")
+    seen: list[float] = []
+
+    def penalty(critics: Any, batch: Any) -> torch.Tensor:
+        seen.append(float(batch.rewards.sum()))
+        return CovariancePenalty(0.1)(critics, batch)
+
+    with attached(model, penalty):
+        model.train(2, 16)
+        model.load_replay_buffer(tmp_path / "buffer")
+        model.train(4, 16)
+        assert len(set(seen)) == len(seen) == 6
+        model.critic.optimizer = torch.optim.AdamW(model.critic.parameters(), lr=1e-4)
+        model.train(2, 16)
+        assert len(seen) == 8
+        model.critic.optimizer.zero_grad()  # without a batch drawn before
+        assert len(seen) == 8
+    assert "zero_grad" not in vars(model.critic.optimizer)
 
 
 def test_spaces_that_do_not_fit_a_buffer_are_refused() -> None:
