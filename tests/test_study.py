@@ -189,6 +189,34 @@ def test_quantities_are_medians_and_values_are_ranked_against_scores(report: Any
     assert lines[2].endswith("| 0 (1) | 15 (2) |")
 
 
+def test_differences_of_a_dataset_have_students_interval(report: Any) -> None:
+    from scipy.stats import t
+
+    runs = [record("a", "plain", s, 0.0) for s in range(3)] + [record("a", "c4", s, 10.0 * s) for s in range(3)]
+    runs += [record("b", "plain", 0, 1.0), record("b", "c4", 0, 3.0)]
+    low, high = t.interval(0.95, 2, loc=10, scale=10 / np.sqrt(3))
+    assert report.table_by_dataset(runs, ("plain", "sampler", "c4"))[2:] == [
+        "| sampler | not run |  |  | not run |  |  |",
+        f"| c4 | +10.0 (3) | {low:+.0f} to {high:+.0f} | 0.83 | +2.0 (1) | too few | 1.00 |",
+    ]
+
+
+def test_a_correlation_between_arms_is_told_from_one_within(report: Any) -> None:
+    # between the arms a large Q goes with a low score, within each with a high one
+    points = {"x": [(1, 21), (2, 22), (3, 23)], "y": [(11, 11), (12, 12), (13, 13)], "z": [(21, 1), (22, 2), (23, 3)]}
+    runs = [{"arm": arm} for arm, values in points.items() for _ in values]
+    found = report.rank_correlations(runs, np.array([value for values in points.values() for value in values], float))
+    assert found[0] < -0.7
+    assert found[1:] == pytest.approx([-1, 1])
+    few = report.rank_correlations(runs[:2], np.array([[1.0, 2.0], [3.0, 4.0]]))
+    assert few == [None, None, None]
+
+
+def test_the_q_of_a_broken_run_is_not_low(report: Any) -> None:
+    assert report.largest_q({"mean_q": [1.0, float("nan")], "largest_return": 2.0, "broke": "no"}) == np.inf
+    assert report.largest_q({"mean_q": [1.0, 3.0], "largest_return": 2.0, "broke": None}) == 1.5
+
+
 def test_the_chance_in_an_evaluation_is_that_of_neighbours_in_the_second_half(report: Any) -> None:
     rng = np.random.default_rng(0)
     noisy = [{"scores": [0.0] * 400 + list(50 + np.linspace(0, 10, 400) + 7 * rng.standard_normal(400))}] * 2
