@@ -128,19 +128,20 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
         """Row indices [batch_size] as the storage takes them, and {"cluster": int64 [batch_size]}."""
         with self._lock:
             self._follow(storage)
-            if self._critics is not None and self._due():
-                self._refresh_here()
+            if self._critics is not None:
+                self._refresh_if_due()
             rows, cluster = self._rows.sample(batch_size)
             self._batches += 1
         index = coordinates(rows, storage)
         first = index[0] if isinstance(index, tuple) else index
         return index, {"cluster": torch.full_like(first, cluster)}
 
-    def _refresh_here(self) -> None:
-        """Where the critics are trained; elsewhere they may be in the middle of an update."""
+    def _refresh_if_due(self) -> None:
+        """Where the critics are trained; elsewhere they may be in the middle of an update, and are not looked at."""
         if self._thread in (None, threading.get_ident()):
-            self.refresh()
-        elif not self._warned:
+            if self._due():
+                self.refresh()
+        elif not self._warned and (isinstance(self._refresh_policy, OnDrift) or self._due()):
             self._warned = True
             warnings.warn(
                 "batches are drawn in another thread than the critics were attached in (prefetch), where clustering "
@@ -229,7 +230,8 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
         one_axis = storage is None or storage.ndim == 1
         if isinstance(index, slice) and one_axis:
             index = torch.arange(self._rows.size)[index]
-        if isinstance(index, (int, list, np.ndarray, Tensor)) and (one_axis or np.ndim(index) == 2):
+        axes = index.ndim if isinstance(index, (np.ndarray, Tensor)) else 1
+        if isinstance(index, (int, list, np.ndarray, Tensor)) and (one_axis or axes == 2):
             self._written(index)
         elif self._rows.size:  # nobody can tell which rows these are
             self._empty()

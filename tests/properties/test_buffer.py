@@ -166,9 +166,13 @@ class BufferHistory(RuleBasedStateMachine):
         assert int(batch.indices.min()) >= 0
         assert int(batch.indices.max()) < len(self.rows)
         assert batch.rewards.tolist() == [self.rows[slot] for slot in batch.indices.tolist()]
-        if not self.seen.any():
+        if self.found is None:
             assert batch.cluster == -1
-        elif effective_size(self.buffer.responsibilities) >= batch_size * (1 + 1e-6) and self.replacement:
+        elif (
+            self.seen.any()
+            and effective_size(self.buffer.responsibilities) >= batch_size * (1 + 1e-6)
+            and self.replacement
+        ):
             # No cluster has been dissolved for it.
             assert bool((self.buffer.responsibilities[batch.indices, batch.cluster] > 0).all())
 
