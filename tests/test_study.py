@@ -169,6 +169,17 @@ def test_the_interval_holds_the_true_mean_about_as_often_as_it_says(
     assert least <= held / 80 <= most
 
 
+def test_the_interval_is_far_too_narrow_where_the_datasets_disagree(report: Any) -> None:
+    generator = np.random.default_rng(0)
+    normals = ((45.0, 15.0), (-10.0, 2.7))  # as a penalty's differences on two datasets
+    truth = report.interquartile_mean(np.concatenate([generator.normal(*each, size=200_000) for each in normals]))
+    held = 0
+    for _ in range(80):
+        low, high = report.interval([generator.normal(*each, size=3) for each in normals])
+        held += low <= truth <= high
+    assert 0.45 <= held / 80 <= 0.75
+
+
 def test_no_interval_is_given_from_two_pairs(report: Any) -> None:
     assert np.isnan(report.interval([np.arange(3.0), np.arange(2.0)])).all()
 

@@ -23,8 +23,7 @@ from arms import GRIDS
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from run import RESULTS, finished_runs, key_of, settings_of
-from scipy.stats import bootstrap, pearsonr, rankdata, spearmanr, trim_mean
-from scipy.stats import t as student
+from scipy.stats import bootstrap, pearsonr, rankdata, spearmanr, trim_mean, ttest_1samp
 
 BASELINE = "plain"
 FEWEST = 3  # pairs of a dataset, for an interval
@@ -89,8 +88,8 @@ def students_interval(differences: np.ndarray) -> str:
     """Of the mean difference of one dataset's pairs, 95%."""
     if len(differences) < FEWEST:
         return "too few"
-    half = student.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / np.sqrt(len(differences))
-    return f"{differences.mean() - half:+.0f} to {differences.mean() + half:+.0f}"
+    found = ttest_1samp(differences, 0).confidence_interval(0.95)
+    return f"{found.low:+.0f} to {found.high:+.0f}"
 
 
 def table_by_dataset(records: list[dict[str, Any]], arms: Sequence[str], baseline: str = BASELINE) -> list[str]:
@@ -237,8 +236,8 @@ def rank_correlations(runs: Sequence[dict[str, Any]], values: np.ndarray) -> lis
     arms = np.unique(names)
     means = np.array([values[names == arm].mean(axis=0) for arm in arms])
     ranks = rankdata(values, axis=0)
-    inside = np.concatenate([ranks[names == arm] - ranks[names == arm].mean(axis=0) for arm in arms])
-    within = inside[np.repeat([np.sum(names == arm) > 1 for arm in arms], [np.sum(names == arm) for arm in arms])]
+    several = [ranks[names == arm] for arm in arms if np.sum(names == arm) > 1]
+    within = np.concatenate([np.empty((0, 2)), *(part - part.mean(axis=0) for part in several)])
     return [
         float(spearmanr(*values.T).statistic) if len(values) > 2 else None,
         float(spearmanr(*means.T).statistic) if len(means) > 2 else None,
@@ -346,7 +345,7 @@ def main() -> None:
         records, baseline = of_bases(records), grid.bases[0]
         arms = list(dict.fromkeys([*grid.bases, *(record["arm"] for record in records)]))
     arms = [arm for arm in arms if any(record["arm"] == arm for record in records)]
-    baselines = list(dict.fromkeys([baseline, *(name for name in (BASELINE,) if name in arms)]))
+    baselines = [name for name in dict.fromkeys((baseline, BASELINE)) if name in arms]
     lines = [
         f"# Study `{arguments.grid}`: {own} of {len(wanted)} runs",
         "",
