@@ -314,6 +314,37 @@ def test_batches_drawn_at_once_are_those_of_d3rlpy_to_the_bit(monkeypatch: pytes
     np.random.set_state(state)
 
 
+def test_fused_optimizers_take_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    d3rlpy = pytest.importorskip("d3rlpy")
+    monkeypatch.syspath_prepend(str(STUDY))
+    fuse_optimizers = importlib.import_module("training").fuse_optimizers
+    generator = np.random.default_rng(0)
+    rows = d3rlpy.dataset.TransitionMiniBatch(
+        observations=generator.normal(size=(32, 4)).astype(np.float32),
+        actions=generator.uniform(-1, 1, size=(32, 2)).astype(np.float32),
+        rewards=generator.normal(size=(32, 1)).astype(np.float32),
+        next_observations=generator.normal(size=(32, 4)).astype(np.float32),
+        next_actions=generator.uniform(-1, 1, size=(32, 2)).astype(np.float32),
+        terminals=np.zeros((32, 1), np.float32),
+        intervals=np.ones((32, 1), np.float32),
+        transitions=[],
+    )
+    trained = []
+    for fused in (False, True):
+        d3rlpy.seed(0)
+        algo = d3rlpy.algos.TD3PlusBCConfig().create("cpu")
+        algo.create_impl((4,), 2)
+        if fused:
+            fuse_optimizers(algo)
+        for _ in range(20):
+            algo.update(rows)
+        optimizers = (algo.impl.modules.actor_optim.optim, algo.impl.modules.critic_optim.optim)
+        assert all(bool(group["fused"]) is fused for optimizer in optimizers for group in optimizer.param_groups)
+        trained.append([*algo.impl.policy.parameters(), *algo.impl.q_function.parameters()])
+    for one, other in zip(*trained, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 @pytest.fixture
 def arms(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(STUDY))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import io
 import logging
@@ -43,7 +44,8 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
         the last five evaluations); `broke` (the error that ended the run when its critic was no longer finite, None
         otherwise; what was to come scores 0 and measures NaN); `largest_return` (discounted, in the data) and
         `diverged` (broke, or mean Q above three times that, ever); `training_seconds` (processor time of the training
-        alone) and `seconds` (of everything, by the clock); `onednn` (whether it made the matrix products).
+        alone) and `seconds` (of everything, by the clock); `onednn` (whether it made the matrix products) and
+        `fused` (whether Adam took its steps in one kernel), by which numbers differ in rounding alone.
     """
     torch.set_num_threads(1)
     onednn = use_onednn()
@@ -61,6 +63,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
     draw_at_once(dataset)
     d3rlpy.seed(settings["seed"])
     algo = make_algorithm(d3rlpy, dataset, settings)
+    fuse_optimizers(algo)
     transitions = transitions_of(dataset, algo)
 
     name = settings["dataset"].split("-")[0]
@@ -116,6 +119,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
         "diverged": not all(value <= DIVERGED * largest_return for value in curves["mean_q"]),
         "training_seconds": clock.seconds,
         "onednn": onednn,
+        "fused": True,
         "seconds": time.perf_counter() - started,
         "versions": {package: version(package) for package in ("c4buffer", "d3rlpy", "torch", "gymnasium", "mujoco")},
         "commit": commit(),
@@ -203,6 +207,15 @@ def make_algorithm(d3rlpy: Any, dataset: Any, settings: dict[str, Any]) -> Any:
     if arm.buffer:
         algo.c4_buffer_options = arm.buffer
     return algo
+
+
+def fuse_optimizers(algo: Any) -> None:
+    """Let PyTorch take Adam's steps in one kernel, not in a dozen a parameter: a tenth of an update's time or less."""
+    for field in dataclasses.fields(algo.impl.modules):
+        optimizer = getattr(getattr(algo.impl.modules, field.name), "optim", None)
+        if isinstance(optimizer, torch.optim.Adam):
+            for group in optimizer.param_groups:
+                group["fused"] = True
 
 
 def largest_discounted_return(rewards: list[float], ends: list[float], gamma: float = 0.99) -> float:
