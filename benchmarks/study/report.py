@@ -151,7 +151,7 @@ def table(records: list[dict[str, Any]], arms: Sequence[str], baseline: str = BA
             continue
         cells = []
         for dataset in datasets:
-            scores = [f"{r['score']:.0f}" for r in sorted(mine, key=lambda r: r["seed"]) if r["dataset"] == dataset]
+            scores = [f"{round(r['score'])}" for r in sorted(mine, key=lambda r: r["seed"]) if r["dataset"] == dataset]
             cells.append(" / ".join(scores) or "not run")
         strata = paired_differences(records, arm, baseline)
         if arm == baseline or not strata:
@@ -200,7 +200,7 @@ def table_of_evaluations(records: list[dict[str, Any]], arms: Sequence[str]) -> 
             runs.sort(key=lambda record: record["seed"])
             for halves in (1, 2):
                 parts = [run["scores"][-(halves * len(run["scores"]) // 2) :] for run in runs]
-                cells.append(" / ".join(f"{np.mean(part):.0f}" for part in parts) or "not run")
+                cells.append(" / ".join(f"{round(np.mean(part))}" for part in parts) or "not run")
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return lines
 
@@ -225,7 +225,7 @@ def table_of_values_and_scores(records: list[dict[str, Any]]) -> list[str]:
         cells = [f"{found:+.2f}" if found is not None else "too few" for found in rank_correlations(runs, values)]
         for diverged in (True, False):
             scores = [run["score"] for run in runs if run["diverged"] is diverged]
-            cells.append(f"{np.mean(scores):.0f} ({len(scores)})" if scores else "none")
+            cells.append(f"{round(np.mean(scores))} ({len(scores)})" if scores else "none")
         lines.append(f"| {dataset} | {len(runs)} | " + " | ".join(cells) + " |")
     return lines
 
