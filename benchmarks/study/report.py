@@ -151,7 +151,7 @@ def table(records: list[dict[str, Any]], arms: Sequence[str], baseline: str = BA
             continue
         cells = []
         for dataset in datasets:
-            scores = [f"{round(r['score'])}" for r in sorted(mine, key=lambda r: r["seed"]) if r["dataset"] == dataset]
+            scores = [str(round(r["score"])) for r in sorted(mine, key=lambda r: r["seed"]) if r["dataset"] == dataset]
             cells.append(" / ".join(scores) or "not run")
         strata = paired_differences(records, arm, baseline)
         if arm == baseline or not strata:
@@ -200,7 +200,7 @@ def table_of_evaluations(records: list[dict[str, Any]], arms: Sequence[str]) -> 
             runs.sort(key=lambda record: record["seed"])
             for halves in (1, 2):
                 parts = [run["scores"][-(halves * len(run["scores"]) // 2) :] for run in runs]
-                cells.append(" / ".join(f"{round(np.mean(part))}" for part in parts) or "not run")
+                cells.append(" / ".join(str(round(np.mean(part))) for part in parts) or "not run")
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return lines
 

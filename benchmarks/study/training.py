@@ -49,7 +49,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
     """
     torch.set_num_threads(1)
     onednn = use_onednn()
-    made_by = commit()
+    started_from = commit()
     with contextlib.redirect_stderr(io.StringIO()):
         import d3rlpy
         import gymnasium
@@ -123,7 +123,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
         "fused": True,
         "seconds": time.perf_counter() - started,
         "versions": {package: version(package) for package in ("c4buffer", "d3rlpy", "torch", "gymnasium", "mujoco")},
-        "commit": made_by,
+        "commit": started_from,
     }
 
 
