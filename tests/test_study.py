@@ -384,6 +384,19 @@ def test_the_variance_control_follows_the_trace_and_has_the_targets_units(arms: 
         torch.testing.assert_close(gradient, expected)
 
 
+def test_the_variance_control_leaves_gradients_alone_that_differ_in_rounding_only(arms: Any) -> None:
+    critics, batch = controls()
+    rounded = batch.replace(
+        observations=batch.observations[:1] + 1e-16 * batch.observations,
+        actions=batch.actions[:1] + 1e-16 * batch.actions,
+    )
+    assert len(stacked_gradients(Critics(critics.critic[:1], critics.target[:1]), rounded).unique(dim=0)) > 1
+    penalty = arms.GradientVariancePenalty(0.5)(critics, rounded)
+    assert penalty == 0
+    for gradient in torch.autograd.grad(penalty, [q.weight for q in critics.critic]):
+        assert not gradient.any()
+
+
 def test_every_arm_of_every_grid_is_defined(arms: Any) -> None:
     for grid in arms.GRIDS.values():
         assert set(grid.arms) <= set(arms.ARMS)

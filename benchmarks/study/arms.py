@@ -11,6 +11,7 @@ from torch import Tensor
 
 from c4buffer import CovariancePenalty, Critics, Transitions, covariance_penalty
 from c4buffer.critics import paired_gradients
+from c4buffer.losses.covariance import rounding_noise
 
 
 @dataclass(frozen=True)
@@ -191,13 +192,18 @@ class GradientNormPenalty(CovariancePenalty):
 
 
 class GradientVariancePenalty(CovariancePenalty):
-    """The control: weight * tr Sigma / tr Sigma * Var_B(Q_target(x')), summed over members, the last two detached."""
+    """The control: weight * tr Sigma / tr Sigma * Var_B(Q_target(x')), summed over members, the last two detached.
+
+    Zero, as the relative penalty is, where the trace is all rounding: its gradient grows as 1 / sqrt(tr Sigma).
+    """
 
     def _gradient(self, critics: Critics, batch: Transitions, values: Sequence[Tensor] | None) -> Tensor:
         terms = []
         for next_q, _, g in paired_gradients(critics, batch, values=values):
             trace = g.var(dim=0).sum()
-            terms.append(trace / trace.detach().clamp(min=torch.finfo(g.dtype).tiny) * next_q.var())
+            vanishes = trace <= rounding_noise(g)
+            unit = trace / torch.where(vanishes, torch.ones_like(trace), trace.detach())
+            terms.append(torch.where(vanishes, torch.zeros_like(unit), unit * next_q.var()))
         return self.weight * torch.stack(terms).sum()
 
 

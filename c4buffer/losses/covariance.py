@@ -185,7 +185,7 @@ class CovariancePenalty:
             return covariance_penalty(target_g, g, trace_weight=self.trace_weight)
         # P / (tr Sigma' tr Sigma) is P of g' / sqrt(tr Sigma') and g / sqrt(tr Sigma), which can not overflow
         target_trace, trace = target_g.var(dim=0).sum(), g.detach().var(dim=0).sum()
-        vanishes = (target_trace <= _noise(target_g)) | (trace <= _noise(g))
+        vanishes = (target_trace <= rounding_noise(target_g)) | (trace <= rounding_noise(g))
         one = torch.ones_like(trace)
         target_unit = target_g * torch.where(vanishes, one, target_trace).rsqrt()
         unit = g * torch.where(vanishes, one, trace).rsqrt()
@@ -203,7 +203,7 @@ class CovariancePenalty:
         return self.weight * torch.stack([(a * b).sum(dim=1).mean() for a, b in zip(f, target_f)]).sum()
 
 
-def _noise(gradients: Tensor) -> Tensor:
+def rounding_noise(gradients: Tensor) -> Tensor:
     """The trace of a covariance that is all rounding: a spread of a few dozen epsilon of the gradients' size."""
     precision = torch.finfo(gradients.dtype)
     roundings = HALF_ROUNDINGS if precision.bits == 16 else ROUNDINGS

@@ -114,6 +114,10 @@ class _Clustered(ReplayBuffer):
         vars(self).update(LIVE)
         self.cluster = -1
 
+    def is_bound_to(self, critics: Critics) -> bool:
+        """Whether these critics, and no others, are those of the last `bind`."""
+        return self._critics is critics
+
     def forget_clusters(self) -> None:
         """While bound: cluster anew with the next batch, as after other rows have been put in than by `add`."""
         if self._critics is not None:

@@ -173,8 +173,9 @@ class _Attachment:
                 parameter.grad += gradient
 
     def is_of_another(self, model: Any) -> bool:
-        """Whether the model has another buffer or optimizer by now, as after `load_replay_buffer`."""
-        return model.replay_buffer is not self.buffer or optimizer_of(model) is not self.optimizer
+        """Whether the model has another buffer or optimizer by now, or a model that shares its buffer has bound that."""
+        replaced = model.replay_buffer is not self.buffer or optimizer_of(model) is not self.optimizer
+        return replaced or not self.buffer.is_bound_to(self.critics)
 
     def metrics(self) -> dict[str, float]:
         """Of the last refresh and the last penalty."""
@@ -187,7 +188,8 @@ class _Attachment:
         vars(self.optimizer).pop("zero_grad", None)
         if self.before is not None:
             self.optimizer.zero_grad = self.before  # type: ignore[method-assign]
-        self.buffer.unbind()
+        if self.buffer.is_bound_to(self.critics):
+            self.buffer.unbind()
 
 
 def _shared_parameters(model: Any) -> set[int]:

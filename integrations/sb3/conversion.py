@@ -86,11 +86,13 @@ def fill_replay_buffer(model: Any, transitions: Transitions) -> None:
             source = column if key is None else column[key]
             target[:rows, 0] = source.reshape(target[:rows, 0].shape)
     terminals, timeouts = (part.cpu().numpy() for part in (transitions.terminals, transitions.timeouts))
-    if buffer.handle_timeout_termination:
-        timeouts = np.maximum(timeouts, ends_of(transitions).cpu().numpy()) * (1 - terminals)
+    ends = ends_of(transitions).cpu().numpy()
+    if not buffer.handle_timeout_termination:  # SB3 takes timeouts for terminals then
+        terminals = np.maximum(terminals, timeouts)
+    timeouts = np.maximum(timeouts, ends) * (1 - terminals)
     buffer.rewards[:rows, 0] = transitions.rewards.cpu().numpy()
-    buffer.dones[:rows, 0] = np.maximum(terminals, timeouts)
-    buffer.timeouts[:rows, 0] = timeouts if buffer.handle_timeout_termination else 0
+    buffer.dones[:rows, 0] = np.maximum(terminals, timeouts) if buffer.handle_timeout_termination else terminals
+    buffer.timeouts[:rows, 0] = timeouts
     buffer.pos = rows % buffer.buffer_size
     buffer.full = rows == buffer.buffer_size
     if isinstance(buffer, _Clustered):

@@ -27,6 +27,7 @@ from c4buffer.integrations.sb3 import (
     save_replay_buffer,
     transitions_of,
 )
+from c4buffer.integrations.sb3.callback import ATTACHED
 from c4buffer.integrations.sb3.reading import transitions_of_samples
 from gymnasium import spaces
 from sb3_contrib import QRDQN, TQC, CrossQ
@@ -279,6 +280,21 @@ def test_nothing_is_left_behind() -> None:
         model.learn(40, callback=C4Callback(failing))  # type: ignore[arg-type]
     assert "zero_grad" not in vars(optimizer)
     assert all(parameter.grad is None for parameter in model.critic_target.parameters())
+
+
+def test_each_of_two_models_with_one_buffer_clusters_by_its_own_critics() -> None:
+    models = [clustered(SAC, seed=seed).learn(40, callback=C4Callback()) for seed in (0, 1)]
+    buffer = models[1].replay_buffer = models[0].replay_buffer
+    penalty = CovariancePenalty(0.1, scale="relative")
+    with attached(models[0], penalty):
+        with attached(models[1], penalty):
+            for model in (*models, models[0]):
+                model.train(gradient_steps=2, batch_size=16)
+                assert buffer.is_bound_to(ATTACHED[model].critics)
+                assert len(buffer.probabilities) == 3
+        models[0].train(gradient_steps=2, batch_size=16)
+        assert buffer.is_bound_to(ATTACHED[models[0]].critics)
+    assert buffer._sampler is None
 
 
 def test_the_penalty_is_put_on_every_kth_step() -> None:

@@ -290,13 +290,16 @@ def test_files_that_do_not_belong_are_refused_and_nothing_changes(tmp_path: Path
         load_replay_buffer(model, tmp_path / "missing")
 
 
-def test_rows_that_do_not_follow_each_other_end_episodes() -> None:
+@pytest.mark.parametrize("handle_timeouts", [True, False])
+def test_rows_that_do_not_follow_each_other_end_episodes(handle_timeouts: bool) -> None:
     """So n-step returns do not run over them, nor next actions."""
     transitions = data()[::5]
-    model = offline_model(SAC, n_steps=3, gamma=0.9)
+    options = {"handle_timeout_termination": handle_timeouts}
+    model = offline_model(SAC, n_steps=3, gamma=0.9, replay_buffer_kwargs=options)
     fill_replay_buffer(model, transitions)
     found = model.replay_buffer._get_samples(np.arange(60))
     torch.testing.assert_close(found.rewards[:, 0], transitions.rewards)
+    assert not found.dones.any()
     assert_same(
         transitions_of(model), transitions, but=("timeouts", "next_actions", "has_next_actions"), tolerance=1e-6
     )
