@@ -173,7 +173,7 @@ class _Attachment:
                 parameter.grad += gradient
 
     def is_of_another(self, model: Any) -> bool:
-        """Whether the model has another buffer or optimizer by now, or a model that shares its buffer has bound that."""
+        """Whether the model has another buffer or optimizer by now, or another model has bound its buffer."""
         replaced = model.replay_buffer is not self.buffer or optimizer_of(model) is not self.optimizer
         return replaced or not self.buffer.is_bound_to(self.critics)
 
