@@ -44,7 +44,7 @@ class C4Callback(BaseCallback):
         self.penalty_every = check_integer("penalty_every", penalty_every, minimum=1)
 
     def _on_training_start(self) -> None:
-        attach(self.model, self.penalty, self.penalty_every)
+        attach(self.model, self.penalty, self.penalty_every, for_learn=True)
 
     def _on_step(self) -> bool:
         attachment = ATTACHED.get(self.model)
@@ -80,8 +80,11 @@ def _checked_penalty(penalty: Any) -> Any:
     return penalty
 
 
-def attach(model: Any, penalty: Any, penalty_every: int) -> None:
-    """Bind the buffer and arm the optimizer; what was attached to the model before, and left, is taken off first."""
+def attach(model: Any, penalty: Any, penalty_every: int, *, for_learn: bool = False) -> None:
+    """Bind the buffer and arm the optimizer; what was attached to the model before, and left, is taken off first.
+
+    `for_learn`: until the running `learn` ends, or the next begins.
+    """
     critics = critics_of(model)
     if not isinstance(model.replay_buffer, _Clustered):
         name = type(model.replay_buffer).__name__
@@ -91,7 +94,7 @@ def attach(model: Any, penalty: Any, penalty_every: int) -> None:
         if own != buffers:
             fail("model", f"a replay buffer of its own {name}, {own}", str(buffers))
     detach(model)
-    ATTACHED[model] = _Attachment(model, critics, penalty, penalty_every)
+    ATTACHED[model] = _Attachment(model, critics, penalty, penalty_every, for_learn=for_learn)
     online: Any = type(model)
     if not issubclass(online, _Watched):
         model.__class__ = _watched_class(online)
@@ -107,7 +110,17 @@ def detach(model: Any) -> None:
 
 
 class _Watched(OffPolicyAlgorithm):
-    """Takes everything off when an exception leaves the model's own code: then no callback hears of an end."""
+    """Takes everything off when an exception leaves the model's own code: then no callback hears of an end.
+
+    What the exception of another callback has left is taken off when the next `learn` begins.
+    """
+
+    def _setup_learn(self, *arguments: Any, **options: Any) -> Any:
+        set_up = super()._setup_learn
+        attachment = ATTACHED.get(self)
+        if attachment is not None and attachment.for_learn:
+            detach(self)
+        return set_up(*arguments, **options)
 
     def collect_rollouts(self, *arguments: Any, **options: Any) -> RolloutReturn:
         with _taken_off_by_exceptions(self):
@@ -117,7 +130,7 @@ class _Watched(OffPolicyAlgorithm):
         with _taken_off_by_exceptions(self):
             attachment = ATTACHED.get(self)
             if attachment is not None and attachment.is_of_another(self):
-                attach(self, attachment.penalty, attachment.every)
+                attach(self, attachment.penalty, attachment.every, for_learn=attachment.for_learn)
             super().train(*arguments, **options)
 
 
@@ -138,8 +151,8 @@ def _watched_class(base: Any) -> type:
 class _Attachment:
     """What is put into one model for a time."""
 
-    def __init__(self, model: Any, critics: Any, penalty: Any, penalty_every: int) -> None:
-        self.critics, self.penalty, self.every = critics, penalty, penalty_every
+    def __init__(self, model: Any, critics: Any, penalty: Any, penalty_every: int, *, for_learn: bool) -> None:
+        self.critics, self.penalty, self.every, self.for_learn = critics, penalty, penalty_every, for_learn
         self.buffer: Any = model.replay_buffer
         self.optimizer = optimizer_of(model)
         self.shared = _shared_parameters(model)

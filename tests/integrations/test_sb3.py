@@ -273,6 +273,22 @@ def test_nothing_is_left_behind() -> None:
         learn_offline(model, transitions_of(model), 3, callback=C4Callback(penalty))
     assert type(model) is SAC
 
+    class Refuse(BaseCallback):
+        def _on_training_start(self) -> None:
+            raise KeyboardInterrupt
+
+        def _on_step(self) -> bool:
+            return True
+
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(40, callback=[C4Callback(penalty), Refuse()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # uniform until the buffer knows the critics
+        model.learn(40)  # without C4
+    assert type(model) is SAC
+    assert "zero_grad" not in vars(optimizer)
+    assert model.replay_buffer._sampler is None
+
     def failing(*_: Any) -> Any:
         raise RuntimeError
 
