@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Union
@@ -15,19 +15,19 @@ from torch import Tensor
 from ._checks import check_choice, check_fraction, check_integer, fail
 from .buffer_state import KIND, OWN, copied, loaded, outline_of, restore, state_of
 from .checkpoint import save
+from .clustered_rows import ClusteredRows
 from .clustering import Clusterer
 from .critics import Critics
-from .embedding import EMBEDDINGS, Embedding, embed_rows
+from .embedding import Embedding
 from .inference import outside_inference_mode
 from .mixture import MixtureResult
-from .partition import check_rows
 from .prefetch import drawn_ahead
-from .reduction import Reduction, reduced
-from .refresh import OnDrift, RefreshPolicy, RefreshReport, refreshed
-from .sampling import SingleClusterSampler
+from .reduction import Reduction
+from .refresh import RefreshPolicy, RefreshReport
+from .steps import step_of
 from .storage import RingStorage, own_folder
 from .trajectories import Neighbours, Trajectories
-from .transitions import Observations, Transitions, as_tensor
+from .transitions import Transitions
 from .windows import Windows
 
 
@@ -103,17 +103,6 @@ class ClusteredReplayBuffer:
         seed: int | None = None,
     ) -> None:
         capacity = check_integer("capacity", capacity, minimum=1)
-        if n_clusters != "auto":
-            n_clusters = check_integer("n_clusters", n_clusters, minimum=1)
-        if not callable(embedding):
-            check_choice("embedding", embedding, tuple(EMBEDDINGS))
-        if refresh is not None and not callable(refresh):
-            fail("refresh", "a callable or None", repr(refresh))
-        if isinstance(refresh, OnDrift):
-            refresh.check_clusterer(clusterer)
-        check_choice("assignment", assignment, ("soft", "hard"))
-        if trajectory_tail and not replacement:
-            fail("trajectory_tail", "replacement=True, as a transition can be in several clusters", "replacement=False")
         n_steps = check_integer("n_steps", n_steps, minimum=1)
         discount = check_fraction("discount", discount)
         frame_stack = check_integer("frame_stack", frame_stack, minimum=1)
@@ -123,19 +112,22 @@ class ClusteredReplayBuffer:
         if folder is not None and (storage != "memmap" or not Path(folder).is_dir()):
             expected = "a folder that exists" if storage == "memmap" else "None, unless storage is 'memmap'"
             fail("folder", expected, repr(os.fspath(folder)))
-        if seed is not None:
-            seed = check_integer("seed", seed, minimum=0)
 
-        self.capacity = capacity
-        self.n_clusters = n_clusters
-        self.device = torch.device(device)
-        self._generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
-        self._fewest_rows = n_clusters if clusterer is None and isinstance(n_clusters, int) else 1
-        self._clusterer = reduced(
-            clusterer, n_clusters, generator=self._generator, max_dim=max_dim, reduction=reduction
+        self._rows = ClusteredRows(
+            n_clusters=n_clusters,
+            embedding=embedding,
+            refresh=refresh,
+            clusterer=clusterer,
+            max_dim=max_dim,
+            reduction=reduction,
+            assignment=assignment,
+            replacement=replacement,
+            trajectory_tail=trajectory_tail,
+            seed=seed,
         )
-        self._embedding = embedding
-        self._refresh_policy = refresh
+        self.capacity = capacity
+        self.n_clusters = self._rows.n_clusters
+        self.device = torch.device(device)
         self._folder = folder
         self._growing = bool(growing)
         self._storage = self._new_storage(storage)
@@ -143,21 +135,15 @@ class ClusteredReplayBuffer:
         self._windows: Windows | None = None
         if n_steps > 1 or frame_stack > 1:
             self._windows = Windows(self._storage, n_steps=n_steps, discount=discount, frame_stack=frame_stack)
-        self._sampler = SingleClusterSampler(
-            generator=self._generator, assignment="hard" if trajectory_tail else assignment, replacement=replacement
-        )
         self._critics: Critics | None = None
-        self._batches = 0
-        self._next_refresh = 0  # the batch before which one is due, where no policy was given
-        self._last_report: RefreshReport | None = None
         self._last_rows: dict[int, int] = {}  # of each environment: its last row, while that waits for its next action
         self._options = {
             "capacity": capacity,
-            "n_clusters": n_clusters,
+            "n_clusters": self.n_clusters,
             "embedding": embedding if isinstance(embedding, str) else OWN,
             "refresh": outline_of(refresh),
             "clusterer": None if clusterer is None else OWN,
-            "max_dim": self._clusterer.max_dim,
+            "max_dim": self._rows.clusterer.max_dim,
             "reduction": reduction,
             "assignment": assignment,
             "replacement": bool(replacement),
@@ -211,9 +197,9 @@ class ClusteredReplayBuffer:
         slots = self._storage.write(transitions)
         overwritten = slots[slots < before]
         if len(overwritten):
-            self._sampler.overwrite(overwritten)
+            self._rows.sampler.overwrite(overwritten)
         if len(self) > before:
-            self._sampler.extend(len(self) - before)
+            self._rows.sampler.extend(len(self) - before)
         return slots
 
     @outside_inference_mode
@@ -232,28 +218,7 @@ class ClusteredReplayBuffer:
         and the newest row have none. Floats that are not tensors come in torch's default dtype, and all are cast to the
         dtypes of the transitions held.
         """
-        single = as_tensor("rewards", rewards).ndim == 0
-
-        def rows(name: str, value: Any) -> Tensor:
-            tensor = as_tensor(name, value)
-            if tensor.dtype == torch.float64 and not isinstance(value, Tensor):
-                tensor = tensor.to(torch.get_default_dtype())  # environments give float64, networks take float32
-            return tensor.unsqueeze(0) if single else tensor
-
-        actions, rewards = rows("actions", actions), rows("rewards", rewards)
-        timeouts = torch.zeros(len(rewards)) if timeouts is None else rows("timeouts", timeouts)
-        step = Transitions(
-            observations=map_leaves(partial(rows, "observations"), observations),
-            actions=actions,
-            rewards=rewards,
-            next_observations=map_leaves(partial(rows, "next_observations"), next_observations),
-            terminals=rows("terminals", terminals),
-            timeouts=timeouts,
-            next_actions=actions,
-            has_next_actions=torch.zeros(len(actions)),
-        )
-        # The constructor closes a last row that is still open; here its episode goes on.
-        step = Transitions.unchecked({**dict(step.columns()), "timeouts": timeouts.reshape(-1).to(step.timeouts)})
+        step = step_of(observations, actions, rewards, next_observations, terminals, timeouts)
         step = self._storage.cast(step)
         first = self._storage.written
         slots = self._write(step)
@@ -277,19 +242,14 @@ class ClusteredReplayBuffer:
         Raises:
             ValueError: from an empty buffer, or for more than it holds when drawing without replacement.
         """
-        batch_size = self._sampler.check(batch_size)
-        if self._critics is not None and self._due():
+        batch_size = self._rows.sampler.check(batch_size)
+        if self._critics is not None and self._rows.due(self):
             self.refresh()
-        slots, cluster = self._sampler.sample(batch_size)
-        self._batches += 1
+        slots, cluster = self._rows.sample(batch_size)
         return self._gather(slots, cluster)
 
     def _gather(self, slots: Tensor, cluster: int = -1) -> Transitions:
         return (self._storage if self._windows is None else self._windows).gather(slots, cluster=cluster)
-
-    def _rows(self, start: int, stop: int) -> Transitions:
-        """Copies, as the critics may do with them what they like."""
-        return self._storage.rows(start, stop) if self._windows is None else self._gather(torch.arange(start, stop))
 
     def _followers(self) -> list[Trajectories | Neighbours]:
         """What keeps track of trajectories."""
@@ -314,7 +274,7 @@ class ClusteredReplayBuffer:
         if steps is not None:
             steps = check_integer("steps", steps, minimum=0)
         prefetch = check_integer("prefetch", prefetch, minimum=0)
-        batch_size = self._sampler.check(batch_size)
+        batch_size = self._rows.sampler.check(batch_size)
         calls = itertools.count() if steps is None else range(steps)
         if prefetch == 0:
             return (self.sample(batch_size) for _ in calls)
@@ -329,23 +289,29 @@ class ClusteredReplayBuffer:
                 return a wrong shape or a value that is not finite.
         """
         critics = _checked_critics(self._critics if critics is None else critics)
-        if len(self) == 0:
-            fail("refresh", "transitions to cluster", "an empty buffer")
-        if len(self) < self._fewest_rows:
-            fail("n_clusters", f"at most the {len(self)} transitions held", self._fewest_rows)
-        self._last_report = refreshed(
-            self._sampler,
-            self._clusterer,
-            self._embedding,
-            critics,
-            self._rows,
-            device=self.device,
-            trajectories=None if self._trajectories is None else self._trajectories.of(len(self)),
-        )
-        self._next_refresh = self._batches + max(1000, len(self) // 10)
-        if isinstance(self._refresh_policy, OnDrift) and self._critics is not None:
-            self._refresh_policy.note(self)
-        return self._last_report
+        trajectories = None if self._trajectories is None else self._trajectories.of(len(self))
+        report = self._rows.refresh(critics, self.rows, device=self.device, trajectories=trajectories)
+        if self._critics is not None:
+            self._rows.note(self)
+        return report
+
+    @outside_inference_mode
+    def rows(self, start: int = 0, stop: int | None = None) -> Transitions:
+        """Copies of the transitions held at `indices` `start` to `stop` - 1, as batches have them, on `device`.
+
+        Args:
+            start, stop: None for all that follow. The newest is the last as long as nothing has been overwritten.
+
+        Raises:
+            ValueError: for rows that are not held.
+        """
+        stop = len(self) if stop is None else check_integer("stop", stop, minimum=1)
+        start = check_integer("start", start, minimum=0)
+        if not start < stop <= len(self):
+            fail("rows", f"at least one of the {len(self)} transitions held", f"{start} to {stop}")
+        if self._windows is not None:
+            return self._gather(torch.arange(start, stop))
+        return self._storage.rows(start, stop).to(self.device)
 
     @outside_inference_mode
     def log_likelihood_of(self, rows: Tensor) -> float:
@@ -360,22 +326,7 @@ class ClusteredReplayBuffer:
         Raises:
             ValueError: without attached critics, before the first refresh, or for a clusterer without a likelihood.
         """
-        critics = _checked_critics(self._critics)
-        if not self._sampler.clustered:
-            fail("log_likelihood_of", "a refresh before it", "no clusters")
-        rows = rows.cpu()
-        check_rows("rows", rows, len(self))
-        if len(rows) == 0:
-            fail("rows", "at least one index", "none")
-        embeddings, _ = embed_rows(
-            self._embedding,
-            critics,
-            len(rows),
-            lambda start, stop: self._gather(rows[start:stop]),
-            device=self.device,
-            max_dim=self._clusterer.max_dim,
-        )
-        return self._clusterer.log_likelihood_of(embeddings)
+        return self._rows.log_likelihood_of(rows, _checked_critics(self._critics), self._gather, device=self.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the batches to come depend on but the critics: transitions, clusters, generator, counters.
@@ -424,17 +375,17 @@ class ClusteredReplayBuffer:
 
         Then each takes r_i = p, and the next batch makes a refresh due, if no policy was given that says otherwise.
         """
-        return self._sampler.clustered
+        return self._rows.sampler.clustered
 
     @property
     def responsibilities(self) -> Tensor:
         """r, [N, K], as it stands: rows that no refresh has seen have r_i = p."""
-        return self._sampler.responsibilities
+        return self._rows.sampler.responsibilities
 
     @property
     def probabilities(self) -> Tensor:
         """p_z = mean_i r_iz, [K], float64, before any dissolving."""
-        return self._sampler.probabilities
+        return self._rows.sampler.probabilities
 
     @property
     def cluster_sizes(self) -> Tensor:
@@ -444,31 +395,15 @@ class ClusteredReplayBuffer:
     @property
     def mixture(self) -> MixtureResult | None:
         """The clusterer's mixture, in units of the embeddings; None before the first refresh, or if it has none."""
-        return getattr(self._clusterer, "mixture", None)
+        return self._rows.clusterer.mixture
 
     @property
     def last_report(self) -> RefreshReport | None:
         """The report of the last refresh."""
-        return self._last_report
-
-    def _due(self) -> bool:
-        # Counted from the last refresh: while N grows, multiples of N // 10 can follow each other batch by batch.
-        if self._refresh_policy is None:
-            lost = self._last_report is not None and not self._sampler.clustered  # every row has been overwritten
-            return lost or self._batches >= self._next_refresh
-        return self._refresh_policy(self._batches, self)
+        return self._rows.last_report
 
 
 def _checked_critics(critics: object) -> Critics:
     if not isinstance(critics, Critics):
         fail("critics", "a Critics record, given or attached", "None" if critics is None else type(critics).__name__)
     return critics
-
-
-def map_leaves(function: Callable[[Any], Tensor], observations: Any) -> Observations:
-    """`function` applied to an observation, or to every part of a dict or tuple of them."""
-    if isinstance(observations, dict):
-        return {key: function(value) for key, value in observations.items()}
-    if isinstance(observations, tuple):
-        return tuple(function(value) for value in observations)
-    return function(observations)

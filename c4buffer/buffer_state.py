@@ -6,20 +6,15 @@ The buffer alone calls this, and it alone knows the buffer's insides.
 from __future__ import annotations
 
 import inspect
-import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ._checks import check_number, fail
+from ._checks import fail
 from .checkpoint import load
-from .partition import check_rows
-from .refresh import Every, OnDrift, RefreshPolicy, RefreshReport
-from .sampling import SingleClusterSampler
+from .refresh import Every, OnDrift, RefreshPolicy
 from .trajectories import Neighbours, Trajectories
 
 KIND = "ClusteredReplayBuffer"  # of a file
@@ -41,18 +36,13 @@ def outline_of(policy: RefreshPolicy | None) -> Any:
 
 def state_of(buffer: Any) -> dict[str, Any]:
     """Everything but the critics, in nested containers of the buffer's own tensors and plain values."""
-    policy, report, windows = buffer._refresh_policy, buffer._last_report, buffer._windows
+    windows = buffer._windows
     return {
         "options": dict(buffer._options),
         "storage": buffer._storage.state(),
-        "sampler": buffer._sampler.state(),
-        "clusterer": buffer._clusterer.state_dict(),
+        **buffer._rows.state(),
         "trajectories": None if buffer._trajectories is None else buffer._trajectories.state(),
         "neighbours": None if windows is None else windows.neighbours.state(),
-        "policy": policy.state_dict() if isinstance(policy, OnDrift) else None,
-        "batches": buffer._batches,
-        "next_refresh": buffer._next_refresh,
-        "report": None if report is None else asdict(report),
         "last_rows": [[environment, row] for environment, row in buffer._last_rows.items()],
     }
 
@@ -105,42 +95,19 @@ def _restore(buffer: Any, state: dict[str, Any]) -> None:
             fail(name, f"{state['options'][name]!r}, as in the state", repr(buffer._options[name]))
     storage = buffer._new_storage(buffer._options["storage"])
     storage.restore(state["storage"])
-    sampler = SingleClusterSampler(
-        generator=torch.Generator(), assignment=buffer._sampler.assignment, replacement=buffer._sampler.replacement
-    )
-    sampler.restore(state["sampler"])
-    if sampler.size != len(storage):
-        fail("state", f"clusters of the {len(storage)} transitions held", sampler.size)
     trajectories = None if buffer._trajectories is None else Trajectories(buffer.capacity)
     if trajectories is not None:
         trajectories.restore(state["trajectories"])
     neighbours = None if buffer._windows is None else Neighbours(buffer.capacity)
     if neighbours is not None:
         neighbours.restore(state["neighbours"])
-    report = None if state["report"] is None else RefreshReport(**state["report"])
     last_rows = {int(environment): int(row) for environment, row in state["last_rows"]}
-    batches, next_refresh = int(state["batches"]), int(state["next_refresh"])
-    if state["policy"] is not None:
-        check_rows("probe", state["policy"]["probe"], len(storage))
-        check_number("reference", state["policy"]["reference"], minimum=-math.inf)
-        bool(state["policy"]["compared"])
-    before = buffer._clusterer.state_dict()
-    try:
-        on_device = _each_tensor(lambda part: part.to(buffer.device, copy=True), state["clusterer"])
-        buffer._clusterer.load_state_dict(on_device)
-    except Exception:
-        buffer._clusterer.load_state_dict(before)
-        raise
+    on_device = _each_tensor(lambda part: part.to(buffer.device, copy=True), state["clusterer"])
+    buffer._rows.restore({**state, "clusterer": on_device}, buffer, size=len(storage))
     # nothing fails from here on
-    buffer._generator.set_state(sampler.generator.get_state())  # the clusterer draws from it, too
-    sampler.generator = buffer._generator
-    buffer._storage, buffer._sampler, buffer._trajectories = storage, sampler, trajectories
+    buffer._storage, buffer._trajectories, buffer._last_rows = storage, trajectories, last_rows
     if neighbours is not None:
         buffer._windows.storage, buffer._windows.neighbours = storage, neighbours
-    buffer._batches, buffer._next_refresh = batches, next_refresh
-    buffer._last_report, buffer._last_rows = report, last_rows
-    if isinstance(buffer._refresh_policy, OnDrift):
-        buffer._refresh_policy.load_state_dict(state["policy"], buffer)
 
 
 def _each_tensor(function: Callable[[Tensor], Tensor], state: Any) -> Any:

@@ -244,15 +244,14 @@ def _spread_of(
 
 
 def _rows_of(data: object) -> tuple[int, torch.device, Read]:
-    if isinstance(data, ClusteredReplayBuffer):
-        rows, device, held = len(data), data.device, data._rows
-    elif isinstance(data, Transitions):
-        rows, device, held = len(data), data.rewards.device, lambda start, stop: data[start:stop]
-    else:
+    if not isinstance(data, (ClusteredReplayBuffer, Transitions)):
         fail("data", "Transitions or a ClusteredReplayBuffer", type(data).__name__)
+    rows = len(data)
     if rows < 2:
         fail("data", "at least two transitions, or there is no covariance", rows)
-    return rows, device, lambda start, stop: held(start, stop).to(device)
+    if isinstance(data, ClusteredReplayBuffer):
+        return rows, data.device, data.rows
+    return rows, data.rewards.device, lambda start, stop: data[start:stop]
 
 
 def _responsibilities_of(data: object, rows: int) -> Tensor:

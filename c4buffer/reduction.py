@@ -11,6 +11,7 @@ from torch import Tensor
 from ._checks import check_choice, check_finite, check_integer, fail
 from .clustering import Clusterer, MixtureClusterer
 from .collective import from_first, total
+from .mixture import MixtureResult
 from .scaling import CHUNK_ROWS, column_scaling
 
 Reduction = Literal["projection", "pca"]
@@ -45,9 +46,10 @@ class ReducedClusterer:
         self._map: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
-    def mixture(self) -> Any:
+    def mixture(self) -> MixtureResult | None:
         """The inner clusterer's mixture, in the reduced dimensions where there was something to reduce; or None."""
-        return getattr(self.clusterer, "mixture", None)
+        found: MixtureResult | None = getattr(self.clusterer, "mixture", None)
+        return found
 
     def __call__(self, embeddings: Tensor, previous: Tensor | None = None) -> Tensor:
         """Responsibilities [N, K] of the rows of embeddings [N, E]."""

@@ -144,12 +144,12 @@ class RingStorage:
         return map_observations(lambda leaf: leaf.index_select(0, index), self._columns[name])
 
     def rows(self, start: int, stop: int) -> Transitions:
-        """Copies of the rows in slots start to stop, on `device`."""
+        """Copies of the rows in slots `start` to `stop` - 1, on `device`."""
         columns = {
             name: map_observations(lambda leaf: leaf[start:stop].clone(), value)
             for name, value in self._columns.items()
         }
-        return Transitions.unchecked(columns)
+        return Transitions.unchecked(columns, indices=torch.arange(start, stop, device=self.device))
 
     def state(self) -> dict[str, Any]:
         """The rows held and their form, for a checkpoint; views, to be copied or written at once."""

@@ -130,6 +130,36 @@ def test_batches_are_never_views_of_the_storage(storage: str) -> None:
     assert_same(held(buffer), data)
 
 
+@pytest.mark.parametrize("storage", ["memory", "device", "memmap"])
+def test_rows_are_copies_of_what_is_held_in_the_order_of_their_indices(storage: str) -> None:
+    data = transitions(60)
+    buffer = buffer_of(data[:50], storage=storage, capacity=40)
+    buffer.extend(data[50:])
+    expected = held(buffer)
+    assert_same(buffer.rows(), expected)
+    assert_same(buffer.rows(7, 20), expected[7:20])
+    part = buffer.rows(38)
+    assert part.indices is not None
+    assert part.indices.tolist() == [38, 39]
+    assert part.cluster == -1
+    for leaf in leaves(buffer.rows()):
+        leaf.zero_()
+    assert_same(buffer.rows(), expected)
+
+
+def test_rows_are_windows_where_batches_are() -> None:
+    buffer = buffer_of(n_steps=3)
+    assert_same(buffer.rows(5, 20), held(buffer)[5:20])
+
+
+@pytest.mark.parametrize("place", [(0, 61), (-1, 3), (5, 5), (60,), (0, 0), (0, 1.5)])
+def test_rows_that_are_not_held_are_refused(place: tuple[Any, ...]) -> None:
+    with pytest.raises(ValueError, match=r"start: expected an integer|stop: expected an integer|of the 60 transitions"):
+        buffer_of().rows(*place)
+    with pytest.raises(ValueError, match="rows: expected at least one of the 0 transitions held, got 0 to 0"):
+        ClusteredReplayBuffer(10).rows()
+
+
 def test_transitions_given_are_copied() -> None:
     data = transitions()
     buffer = buffer_of(data)

@@ -395,7 +395,7 @@ buffer.extend(Transitions(observations=rows, actions=rows, rewards=rows[:, 0], n
 number = 0
 while True:
     number += 1
-    buffer._batches = number
+    buffer._rows.batches = number
     buffer.save(sys.argv[1])
     print(number, flush=True)
 """
@@ -414,7 +414,7 @@ def test_a_process_killed_while_it_saves_leaves_one_of_the_last_two_states(kills
             saver.send_signal(signal.SIGKILL)
             printed = saver.stdout.read().split()
         last = int(printed[-1]) if printed else 1
-        assert ClusteredReplayBuffer.load(path)._batches in (last, last + 1)
+        assert ClusteredReplayBuffer.load(path)._rows.batches in (last, last + 1)
 
 
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

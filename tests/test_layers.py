@@ -56,6 +56,8 @@ LAYERS = {
     "sampling": 2,
     "windows": 2,
     "refresh": 2,
+    "steps": 1,
+    "clustered_rows": 2,
     "backends": 3,
     "buffer": 3,
     "buffer_state": 3,

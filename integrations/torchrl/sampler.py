@@ -1,14 +1,13 @@
 """A sampler for TorchRL's replay buffers: rows of one cluster each time."""
 
 import copy
-import dataclasses
 import math
 import threading
 import warnings
 from abc import ABCMeta
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Union, cast
+from typing import Any, Literal, Union
 
 import numpy as np
 import torch
@@ -16,12 +15,11 @@ from torch import Tensor
 from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.data.replay_buffers.storages import Storage
 
-from c4buffer import Clusterer, Critics, OnDrift, RefreshPolicy, RefreshReport, SingleClusterSampler
-from c4buffer._checks import check_choice, check_integer, fail
+from c4buffer import Clusterer, Critics, OnDrift, RefreshPolicy, RefreshReport
+from c4buffer._checks import fail
 from c4buffer.checkpoint import load, save
-from c4buffer.embedding import EMBEDDINGS, Embedding, embed_rows
-from c4buffer.reduction import reduced
-from c4buffer.refresh import refreshed
+from c4buffer.clustered_rows import ClusteredRows
+from c4buffer.embedding import Embedding
 
 from .rows import DEFAULT_KEYS, Keys, coordinates, stored
 
@@ -77,34 +75,23 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
         keys: Keys = DEFAULT_KEYS,
         seed: int | None = None,
     ) -> None:
-        if n_clusters != "auto":
-            n_clusters = check_integer("n_clusters", n_clusters, minimum=1)
-        if not callable(embedding):
-            check_choice("embedding", embedding, tuple(EMBEDDINGS))
-        if refresh is not None and not callable(refresh):
-            fail("refresh", "a callable or None", repr(refresh))
-        if isinstance(refresh, OnDrift):
-            refresh.check_clusterer(clusterer)
-        check_choice("assignment", assignment, ("soft", "hard"))
-        if seed is not None:
-            seed = check_integer("seed", seed, minimum=0)
-        self._generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
-        self.n_clusters = n_clusters
+        self._rows = ClusteredRows(
+            n_clusters=n_clusters,
+            embedding=embedding,
+            refresh=refresh,
+            clusterer=clusterer,
+            max_dim=max_dim,
+            assignment=assignment,
+            replacement=replacement,
+            seed=seed,
+        )
+        self.n_clusters = self._rows.n_clusters
         self.keys = keys
-        self._clusterer = reduced(clusterer, n_clusters, generator=self._generator, max_dim=max_dim)
-        self._fewest_rows = n_clusters if clusterer is None and isinstance(n_clusters, int) else 1
-        self._embedding = embedding
-        self._refresh_policy = refresh
+        self._embedding = embedding if isinstance(embedding, str) else "the caller's own"
         self._critics: Critics | None = None
         self._transform: Callable[[Any], Any] | None = None
         self._storage: Storage | None = None
-        self._assignment: Literal["soft", "hard"] = assignment
-        self._replacement = replacement
-        self._rows = self._new_rows(self._generator)
-        self._last_report: RefreshReport | None = None
         self._warned = False
-        self._batches = 0
-        self._next_refresh = 0
         self._thread: int | None = None  # in which critics were attached, and are trained
         self._lock = threading.RLock()
 
@@ -131,7 +118,6 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
             if self._critics is not None:
                 self._refresh_if_due()
             rows, cluster = self._rows.sample(batch_size)
-            self._batches += 1
         index = coordinates(rows, storage)
         first = index[0] if isinstance(index, tuple) else index
         return index, {"cluster": torch.full_like(first, cluster)}
@@ -139,9 +125,9 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
     def _refresh_if_due(self) -> None:
         """Where the critics are trained; elsewhere they may be in the middle of an update, and are not looked at."""
         if self._thread in (None, threading.get_ident()):
-            if self._due():
+            if self._rows.due(self):
                 self.refresh()
-        elif not self._warned and (isinstance(self._refresh_policy, OnDrift) or self._due()):
+        elif not self._warned and (isinstance(self._rows.policy, OnDrift) or self._rows.due(self)):
             self._warned = True
             warnings.warn(
                 "batches are drawn in another thread than the critics were attached in (prefetch), where clustering "
@@ -162,58 +148,49 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
         with self._lock:
             storage = self._followed()
             self._follow(storage)
-            if self._rows.size < self._fewest_rows:
-                fail("n_clusters", f"at most the {self._rows.size} rows held", self._fewest_rows)
-            self._last_report = refreshed(
-                self._rows,
-                self._clusterer,
-                self._embedding,
+            report = self._rows.refresh(
                 critics,
                 lambda start, stop: stored(storage, torch.arange(start, stop), self.keys, self._transform),
                 device=_device_of(critics),
             )
-            self._next_refresh = self._batches + max(1000, self._rows.size // 10)
-            if isinstance(self._refresh_policy, OnDrift) and self._critics is not None:
-                self._refresh_policy.note(cast(Any, self))
-            return self._last_report
+            if self._critics is not None:
+                self._rows.note(self)
+            return report
 
     def log_likelihood_of(self, rows: Tensor) -> float:
         """Mean over rows [M], int64, of how likely the last mixture finds them by now, in nats; for `OnDrift`."""
-        if self._critics is None or not self._rows.clustered:
-            fail("log_likelihood_of", "attached critics and a refresh before it", "none")
+        if self._critics is None:
+            fail("log_likelihood_of", "attached critics", "none")
         storage = self._followed()
-        embeddings, _ = embed_rows(
-            self._embedding,
+        return self._rows.log_likelihood_of(
+            rows,
             self._critics,
-            len(rows),
-            lambda start, stop: stored(storage, rows[start:stop], self.keys, self._transform),
+            lambda some: stored(storage, some, self.keys, self._transform),
             device=_device_of(self._critics),
-            max_dim=self._clusterer.max_dim,
         )
-        return self._clusterer.log_likelihood_of(embeddings)
 
     def __len__(self) -> int:
-        return self._rows.size
+        return self._rows.sampler.size
 
     @property
     def clustered(self) -> bool:
         """Whether rows are held that a clustering has seen."""
-        return self._rows.clustered
+        return self._rows.sampler.clustered
 
     @property
     def responsibilities(self) -> Tensor:
         """r, [N, K], as it stands: rows written since the last clustering have r_i = p."""
-        return self._rows.responsibilities
+        return self._rows.sampler.responsibilities
 
     @property
     def probabilities(self) -> Tensor:
         """p_z = mean_i r_iz, [K], float64."""
-        return self._rows.probabilities
+        return self._rows.sampler.probabilities
 
     @property
     def last_report(self) -> RefreshReport | None:
         """The report of the last clustering."""
-        return self._last_report
+        return self._rows.last_report
 
     def add(self, index: Any) -> None:
         """TorchRL wrote one row, or one for each environment."""
@@ -229,25 +206,16 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
             self._storage = storage
         one_axis = storage is None or storage.ndim == 1
         if isinstance(index, slice) and one_axis:
-            index = torch.arange(self._rows.size)[index]
+            index = torch.arange(len(self))[index]
         axes = index.ndim if isinstance(index, (np.ndarray, Tensor)) else 1
         if isinstance(index, (int, list, np.ndarray, Tensor)) and (one_axis or axes == 2):
             self._written(index)
-        elif self._rows.size:  # nobody can tell which rows these are
+        elif len(self):  # nobody can tell which rows these are
             self._empty()
 
     def state_dict(self) -> dict[str, Any]:
         """All that the batches to come depend on but the critics: clusters, generator, counters."""
-        report = self._last_report
-        state = {
-            "options": self._options(),
-            "rows": self._rows.state(),
-            "clusterer": self._clusterer.state_dict(),
-            "batches": self._batches,
-            "next_refresh": self._next_refresh,
-            "report": None if report is None else dataclasses.asdict(report),
-        }
-        return copy.deepcopy(state)
+        return copy.deepcopy({"options": self._options(), **self._rows.state()})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the sampler that gave it was, with a storage that holds what its storage held.
@@ -255,24 +223,14 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
         Raises:
             ValueError: for a state of another form, or of other options; this sampler is unchanged then.
         """
-        before = self._clusterer.state_dict()
         try:
             for name, value in self._options().items():
                 if state_dict["options"][name] != value:
                     fail(name, f"{state_dict['options'][name]!r}, as in the state", repr(value))
-            rows = self._new_rows(torch.Generator())
-            rows.restore(state_dict["rows"])
-            report = state_dict["report"]
-            last_report = None if report is None else RefreshReport(**report)
-            counters = int(state_dict["batches"]), int(state_dict["next_refresh"])
-            self._clusterer.load_state_dict(copy.deepcopy(state_dict["clusterer"]))  # which may lie in a file
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-            self._clusterer.load_state_dict(before)
+            clusterer = copy.deepcopy(state_dict["clusterer"])  # which may lie in a file
+            self._rows.restore({**state_dict, "clusterer": clusterer}, self)
+        except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError) as error:
             fail("state_dict", "what state_dict gave", f"{type(error).__name__}: {error}")
-        self._generator.set_state(rows.generator.get_state())
-        rows.generator = self._generator
-        self._rows, self._last_report = rows, last_report
-        self._batches, self._next_refresh = counters
 
     def dumps(self, path: Any) -> None:
         """Write the state into a folder, for the buffer's `dumps`; without pickle."""
@@ -299,40 +257,31 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
 
     @property
     def _rng(self) -> torch.Generator:
-        return self._generator
+        return self._rows.generator
 
     @_rng.setter
     def _rng(self, generator: torch.Generator | None) -> None:
         if generator is not None and generator.device.type == "cpu":
-            self._generator.set_state(generator.get_state())  # the clusterer draws from it, too
-            self._rows.forget_ahead()
+            self._rows.generator.set_state(generator.get_state())  # the clusterer draws from it, too
+            self._rows.sampler.forget_ahead()
 
     def _options(self) -> dict[str, Any]:
         """Those that the meaning of a state depends on."""
-        embedding = self._embedding if isinstance(self._embedding, str) else "the caller's own"
-        return {"n_clusters": self.n_clusters, "max_dim": self._clusterer.max_dim, "embedding": embedding}
+        max_dim = self._rows.clusterer.max_dim
+        return {"n_clusters": self.n_clusters, "max_dim": max_dim, "embedding": self._embedding}
 
     def _empty(self) -> None:
         """Nothing is held any more."""
-        self._rows, self._last_report, self._warned = self._new_rows(self._generator), None, False
-        self._batches = self._next_refresh = 0
-
-    def _new_rows(self, generator: torch.Generator) -> SingleClusterSampler:
-        return SingleClusterSampler(generator=generator, assignment=self._assignment, replacement=self._replacement)
-
-    def _due(self) -> bool:
-        if self._refresh_policy is not None:
-            return self._refresh_policy(self._batches, cast(Any, self))
-        lost = self._last_report is not None and not self._rows.clustered  # every row has been overwritten
-        return lost or self._batches >= self._next_refresh
+        self._rows.clear()
+        self._warned = False
 
     def _follow(self, storage: Storage) -> None:
         """Take in how many rows there are; another storage than before, or one that was emptied, is a new beginning."""
-        if (self._storage is not None and storage is not self._storage) or len(storage) < self._rows.size:
+        if (self._storage is not None and storage is not self._storage) or len(storage) < len(self):
             self._empty()
         self._storage = storage
-        if len(storage) > self._rows.size:
-            self._rows.extend(len(storage) - self._rows.size)
+        if len(storage) > len(self):
+            self._rows.sampler.extend(len(storage) - len(self))
 
     def _followed(self) -> Storage:
         if self._storage is None:
@@ -341,7 +290,7 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
 
     def _written(self, index: Any) -> None:
         """Rows that were overwritten lose their cluster; those that came are counted with the next batch."""
-        if not self._rows.size or index is None:  # a writer that keeps the best rows gives None for another
+        if not len(self) or index is None:  # a writer that keeps the best rows gives None for another
             return
         rows = torch.as_tensor(index).cpu()
         if rows.ndim == 2:  # coordinates
@@ -351,10 +300,10 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
             shape = (1, *self._storage.shape[1:])
             rows = sum(column * math.prod(shape[axis + 1 :]) for axis, column in enumerate(rows.unbind(1)))
         rows = rows.reshape(-1)
-        overwritten = rows[(rows >= 0) & (rows < self._rows.size)]  # -1: not written, by the same writer
+        overwritten = rows[(rows >= 0) & (rows < len(self))]  # -1: not written, by the same writer
         with self._lock:
             if len(overwritten):
-                self._rows.overwrite(overwritten)
+                self._rows.sampler.overwrite(overwritten)
 
 
 def _device_of(critics: Critics) -> torch.device:

@@ -414,6 +414,29 @@ def test_a_state_goes_on_batch_for_batch(critics: Critics) -> None:
     assert other_sampler.last_report == sampler.last_report
 
 
+def test_a_state_goes_on_with_the_probe_of_on_drift(critics: Critics) -> None:
+    def drifting(seed: int) -> tuple[ClusterSampler, TensorDictReplayBuffer]:
+        sampler = ClusterSampler(2, refresh=OnDrift(1.0, check_every=1, probe_size=64, seed=seed), seed=0)
+        return sampler, filled(sampler)
+
+    sampler, buffer = drifting(seed=0)
+    sampler.attach(critics)
+    buffer.sample()
+    state = sampler.state_dict()
+    with torch.no_grad():
+        for parameter in critics.critic.parameters.values(True, True):
+            parameter.mul_(3)
+    other_sampler, other = drifting(seed=1)
+    other_sampler.load_state_dict(state)
+    other_sampler.attach(critics)
+    buffer.sample()
+    other.sample()  # what the critics were at the last refresh is in the state alone
+    for one in (sampler, other_sampler):
+        assert one.last_report is not None
+        assert one.last_report.seconds != state["report"]["seconds"]
+    assert torch.equal(sampler.probabilities, other_sampler.probabilities)
+
+
 def test_the_buffers_files_hold_the_sampler(critics: Critics, tmp_path: Path) -> None:
     sampler = ClusterSampler(3, seed=0)
     buffer = filled(sampler)
@@ -513,7 +536,7 @@ def test_a_clusterer_of_ones_own_takes_as_few_rows_as_it_likes(critics: Critics)
     few = ClusterSampler(3, seed=0)
     buffer = filled(few, rows=2, batch_size=4)
     few.attach(critics)
-    with pytest.raises(ValueError, match="n_clusters: expected at most the 2 rows held, got 3"):
+    with pytest.raises(ValueError, match="n_clusters: expected at most the 2 transitions held, got 3"):
         buffer.sample()
 
 

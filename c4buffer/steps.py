@@ -1,0 +1,53 @@
+"""One step of one or of several environments, as rows whose next actions are not known yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .transitions import Observations, Transitions, as_tensor
+
+
+def step_of(
+    observations: Any, actions: Any, rewards: Any, next_observations: Any, terminals: Any, timeouts: Any = None
+) -> Transitions:
+    """Rows [1] of one environment, where the reward is a scalar, or [E] of E environments; no episode is closed.
+
+    Floats that are not tensors come in torch's default dtype. The next actions are the rows' own, and
+    `has_next_actions` is 0.
+    """
+    single = as_tensor("rewards", rewards).ndim == 0
+
+    def rows(name: str, value: Any) -> Tensor:
+        tensor = as_tensor(name, value)
+        if tensor.dtype == torch.float64 and not isinstance(value, Tensor):
+            tensor = tensor.to(torch.get_default_dtype())  # environments give float64, networks take float32
+        return tensor.unsqueeze(0) if single else tensor
+
+    actions, rewards = rows("actions", actions), rows("rewards", rewards)
+    timeouts = torch.zeros(len(rewards)) if timeouts is None else rows("timeouts", timeouts)
+    step = Transitions(
+        observations=_map_parts(partial(rows, "observations"), observations),
+        actions=actions,
+        rewards=rewards,
+        next_observations=_map_parts(partial(rows, "next_observations"), next_observations),
+        terminals=rows("terminals", terminals),
+        timeouts=timeouts,
+        next_actions=actions,
+        has_next_actions=torch.zeros(len(actions)),
+    )
+    # The constructor closes a last row that is still open; here its episode goes on.
+    return Transitions.unchecked({**dict(step.columns()), "timeouts": timeouts.reshape(-1).to(step.timeouts)})
+
+
+def _map_parts(function: Callable[[Any], Tensor], observations: Any) -> Observations:
+    """`function` applied to an observation, or to every part of a dict or tuple of them."""
+    if isinstance(observations, dict):
+        return {key: function(value) for key, value in observations.items()}
+    if isinstance(observations, tuple):
+        return tuple(function(value) for value in observations)
+    return function(observations)
