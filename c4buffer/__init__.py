@@ -3,7 +3,7 @@
 from .backends import FaissClusterer, SklearnClusterer
 from .buffer import ClusteredReplayBuffer
 from .clustering import Clusterer, MixtureClusterer
-from .critics import Critics, stacked_features, stacked_gradients
+from .critics import Critics
 from .datasets.d4rl import load_d4rl
 from .datasets.minari import load_minari
 from .datasets.ogbench import load_ogbench
@@ -27,6 +27,7 @@ from .mixture import GaussianMixture, MixtureResult
 from .reduction import ReducedClusterer
 from .refresh import Every, OnDrift, RefreshPolicy, RefreshReport
 from .sampling import SingleClusterSampler
+from .stacking import stacked_features, stacked_gradients
 from .transitions import Transitions
 
 __version__ = "0.1.0"

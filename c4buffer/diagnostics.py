@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from ._checks import check_finite, check_fraction, check_number, fail, shape_of
 from .buffer import ClusteredReplayBuffer
-from .critics import PROBE_ROWS, Critics, member_values, rows_for
+from .critics import Critics, member_values
 from .embedding import embed_rows, noise_of_its_own
 from .inference import outside_inference_mode
 from .losses.covariance import decompose_cross_covariance
 from .losses.value_ensemble import ensemble_spread
 from .networks import modules_behind
 from .partition import check_responsibilities
+from .stacking import PROBE_ROWS, rows_for
 from .transitions import Observations, Transitions, map_observations
 
 NEARLY_ONE = 1e-3  # a direction that was normalised in float16 is still of length one

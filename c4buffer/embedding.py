@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ._checks import check_finite, fail, shape_of
-from .critics import CHUNK_ROWS, PROBE_ROWS, Critics, rows_for, stacked_features, stacked_gradients
+from .critics import Critics
+from .stacking import CHUNK_ROWS, PROBE_ROWS, rows_for, stacked_features, stacked_gradients
 from .transitions import Transitions
 
 Embed = Callable[[Critics, Transitions], Tensor]

@@ -88,3 +88,9 @@ def make_critic() -> MakeCritic:
         return critic
 
     return make
+
+
+@pytest.fixture
+def pair(make_critic: MakeCritic) -> tuple[nn.Module, nn.Module]:
+    """A critic and a target that differ, float64."""
+    return make_critic(seed=1, dtype=torch.float64), make_critic(seed=2, dtype=torch.float64)

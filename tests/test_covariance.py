@@ -80,12 +80,6 @@ def batch(make_transitions: Callable[..., Transitions]) -> Transitions:
     return make_transitions(16, dtype=torch.float64)
 
 
-@pytest.fixture
-def pair(make_critic: Callable[..., nn.Module]) -> tuple[nn.Module, nn.Module]:
-    """A critic and a target that differ, float64."""
-    return make_critic(seed=1, dtype=torch.float64), make_critic(seed=2, dtype=torch.float64)
-
-
 # The published code
 
 

@@ -42,6 +42,8 @@ LAYERS = {
     "prefetch": 1,
     "transitions": 0,
     "critics": 1,
+    "gradients": 1,
+    "stacking": 1,
     "expectation": 1,
     "partition": 1,
     "storage": 1,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from c4buffer import CovariancePenalty, Critics, Transitions, covariance_penalty
-from c4buffer.critics import paired_gradients
+from c4buffer.gradients import paired_gradients
 from c4buffer.losses.covariance import rounding_noise
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .._checks import check_choice, check_number, fail, shape_of
-from ..critics import Critics, member_features, paired_gradients
+from ..critics import Critics, member_features
+from ..gradients import paired_gradients
 from ..memory import floats_at_once
 from ..partition import check_responsibilities
 from ..scaling import CHUNK_ROWS
