@@ -67,7 +67,7 @@ def check_finite(argument: str, values: Tensor, *, hint: str = "") -> None:
         start + (~torch.isfinite(part)).reshape(len(part), -1).any(dim=1).nonzero().squeeze(1)
         for start, part in zip(range(0, len(values), CHECKED_ROWS), values.split(CHECKED_ROWS))
     ]
-    bad = torch.cat(rows) if rows else torch.empty(0)
+    bad = torch.cat(rows) if rows else torch.empty(0, device="cpu")
     if len(bad):
         first = int(bad[0])
         row = values[first].reshape(-1)

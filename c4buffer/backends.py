@@ -152,7 +152,7 @@ def _responsibilities(estimator: Any, X: np.ndarray) -> Tensor:
 
 def _shares(probabilities: Any, rows: int) -> Tensor:
     """Probabilities [N, K] made not negative, with rows that sum to one."""
-    shares = torch.as_tensor(np.asarray(probabilities, dtype=np.float64))
+    shares = torch.as_tensor(np.asarray(probabilities, dtype=np.float64), device="cpu")
     if shares.ndim != 2 or len(shares) != rows or shares.shape[1] == 0:
         fail("estimator.predict_proba", f"probabilities [N, K] with N = {rows}", shape_of(shares))
     check_finite("estimator.predict_proba", shares)

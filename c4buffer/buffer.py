@@ -17,7 +17,7 @@ from .buffer_state import KIND, OWN, copied, loaded, outline_of, restore, state_
 from .checkpoint import save
 from .clustered_rows import ClusteredRows
 from .clustering import Clusterer
-from .critics import Critics
+from .critics import Critics, check_critics
 from .embedding import Embedding
 from .inference import outside_inference_mode
 from .mixture import MixtureResult
@@ -66,7 +66,8 @@ class ClusteredReplayBuffer:
             nothing waits for them.
         growing: allocate memory as transitions come, twice as much each time, rather than all that `capacity` takes
             with the first: for a capacity that may never be reached. Batches are the same. While it grows, what was
-            allocated and what will be are held at once (but for "memmap", whose files are made longer).
+            allocated and what will be are held at once (but for "memmap", whose files are made longer). Trajectories,
+            which `n_steps`, `frame_stack` and `trajectory_tail` follow, take 16 bytes a row of the capacity at once.
         folder: for "memmap", where the files are made; None for the system's place for temporary ones. They go with the
             buffer: `save` is what keeps data.
         seed: of the buffer's own generator. None: torch.initial_seed(). Global generators are not touched.
@@ -310,7 +311,7 @@ class ClusteredReplayBuffer:
         if not start < stop <= len(self):
             fail("rows", f"at least one of the {len(self)} transitions held", f"{start} to {stop}")
         if self._windows is not None:
-            return self._gather(torch.arange(start, stop))
+            return self._gather(torch.arange(start, stop, device="cpu"))
         return self._storage.rows(start, stop).to(self.device)
 
     @outside_inference_mode
@@ -394,7 +395,10 @@ class ClusteredReplayBuffer:
 
     @property
     def mixture(self) -> MixtureResult | None:
-        """The clusterer's mixture, in units of the embeddings; None before the first refresh, or if it has none."""
+        """The clusterer's mixture; None before the first refresh, or if it has none.
+
+        In units of the embeddings; above `max_dim` columns, in those of what they were reduced to.
+        """
         return self._rows.clusterer.mixture
 
     @property
@@ -404,6 +408,4 @@ class ClusteredReplayBuffer:
 
 
 def _checked_critics(critics: object) -> Critics:
-    if not isinstance(critics, Critics):
-        fail("critics", "a Critics record, given or attached", "None" if critics is None else type(critics).__name__)
-    return critics
+    return check_critics(critics, "a Critics record, given or attached")

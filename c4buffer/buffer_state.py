@@ -40,7 +40,7 @@ def state_of(buffer: Any) -> dict[str, Any]:
     return {
         "options": dict(buffer._options),
         "storage": buffer._storage.state(),
-        **buffer._rows.state(),
+        **buffer._rows.state(buffer),
         "trajectories": None if buffer._trajectories is None else buffer._trajectories.state(),
         "neighbours": None if windows is None else windows.neighbours.state(),
         "last_rows": [[environment, row] for environment, row in buffer._last_rows.items()],

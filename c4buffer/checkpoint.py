@@ -136,7 +136,7 @@ def _descriptions(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 def _checksum(tensor: Tensor) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    flat = tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+    flat = tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8, device="cpu")
     for part in flat.split(HASHED_BYTES):
         digest.update(part.numpy().data)
     return digest.hexdigest()

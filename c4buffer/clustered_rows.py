@@ -136,19 +136,21 @@ class ClusteredRows:
         )
         return self.clusterer.log_likelihood_of(embeddings)
 
-    def clear(self) -> None:
+    def clear(self, holder: Any) -> None:
         """Nothing is held any more."""
+        if isinstance(self.policy, OnDrift) and self.policy.serves(holder):
+            self.policy.forget()
         self.sampler = self._another_sampler(self.generator)
         self.last_report = None
         self.batches = self._next_refresh = 0
 
-    def state(self) -> dict[str, Any]:
+    def state(self, holder: Any) -> dict[str, Any]:
         """All that the batches to come depend on but the rows and the critics; of its own tensors."""
-        report = self.last_report
+        report, policy = self.last_report, self.policy
         return {
             "sampler": self.sampler.state(),
             "clusterer": self.clusterer.state_dict(),
-            "policy": self.policy.state_dict() if isinstance(self.policy, OnDrift) else None,
+            "policy": policy.state_dict() if isinstance(policy, OnDrift) and policy.serves(holder) else None,
             "batches": self.batches,
             "next_refresh": self._next_refresh,
             "report": None if report is None else asdict(report),

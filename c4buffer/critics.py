@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ._checks import fail, shape_of
 from .networks import modules_behind
-from .transitions import Observations, Transitions
+from .transitions import Observations, Transitions, map_observations
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,13 @@ class Critics:
             return self.encode(observations)
 
 
+def check_critics(critics: object, expected: str = "a Critics record") -> Critics:
+    """The record, when it is one."""
+    if not isinstance(critics, Critics):
+        fail("critics", expected, "None" if critics is None else type(critics).__name__)
+    return critics
+
+
 def members_of(critic: Any) -> Sequence[Any]:
     """The members of a sequence of callables; a single callable as a sequence of one."""
     if isinstance(critic, (list, tuple, nn.ModuleList)):
@@ -160,7 +167,8 @@ def _rows_of(output: Any, actions: Tensor, *, name: str) -> list[Tensor]:
 def member_features(
     critics: Critics, critic: Any, observations: Observations, actions: Tensor, *, name: str
 ) -> list[Tensor]:
-    """The last hidden layer of each member, [B, F] each."""
+    """The last hidden layer of each member, [B, F] each; of images as numbers, as gradients are taken."""
+    observations = map_observations(lambda leaf: leaf.float() if leaf.dtype == torch.uint8 else leaf, observations)
     features = []
     for member in members_of(critic):
         if critics.features is not None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ._checks import check_finite, check_fraction, check_number, fail, shape_of
 from .buffer import ClusteredReplayBuffer
-from .critics import Critics, member_values
+from .critics import Critics, check_critics, member_values
 from .embedding import embed_rows, noise_of_its_own
 from .inference import outside_inference_mode
 from .losses.covariance import decompose_cross_covariance
@@ -116,8 +116,7 @@ def diagnose(
     >>> found.cluster_cross <= found.cluster_norm <= found.cluster_bound
     True
     """
-    if not isinstance(critics, Critics):
-        fail("critics", "a Critics record", type(critics).__name__)
+    check_critics(critics)
     discount = check_fraction("discount", discount)
     shift, next_shift = (
         check_number(name, value, minimum=0) for name, value in (("shift", shift), ("next_shift", next_shift))
@@ -197,7 +196,7 @@ def _observation_1(critics: Critics, read: Read, parts: list[tuple[int, int]], d
     """E[delta], Var[delta], and how grad E[delta^2] = grad Var[delta] + grad (E[delta])^2 lies to its two parts."""
     networks = modules_behind(critics.critic)
     trained = list({p: None for network in networks for p in network.parameters() if p.requires_grad})
-    deltas, weighted, plain = [], torch.zeros(()), torch.zeros(())
+    deltas, weighted, plain = [], torch.zeros((), device="cpu"), torch.zeros((), device="cpu")
     with critics.evaluating():
         for start, stop in parts:
             batch = read(start, stop)
@@ -258,7 +257,7 @@ def _rows_of(data: object) -> tuple[int, torch.device, Read]:
 def _responsibilities_of(data: object, rows: int) -> Tensor:
     if isinstance(data, ClusteredReplayBuffer) and data.clustered:
         return data.responsibilities
-    return torch.ones(rows, 1)
+    return torch.ones(rows, 1, device="cpu")
 
 
 def _checked_directions(next_direction: Tensor | None, direction: Tensor | None, g: Tensor) -> list[Tensor]:

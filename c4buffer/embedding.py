@@ -83,7 +83,7 @@ def noise_of_its_own(device: torch.device) -> Iterator[None]:
 
 def _directions(columns: int, kept: int) -> Tensor:
     """[columns, kept], the same each time: y R keeps lengths and angles to about 1 / sqrt(kept)."""
-    return torch.randn(columns, kept, generator=torch.Generator().manual_seed(0)) / math.sqrt(kept)
+    return torch.randn(columns, kept, generator=torch.Generator().manual_seed(0), device="cpu") / math.sqrt(kept)
 
 
 def _check(embeddings: object, rows: int) -> None:

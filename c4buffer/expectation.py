@@ -170,7 +170,7 @@ class ExpectationMaximisation:
             covariances = covariances.clone()
             covariances[vacant] = whole.over(self.group).second[0] / self.rows
             if self.covariance == "full":
-                covariances[vacant] += self.regularization * torch.eye(len(self.origin)).to(covariances)
+                covariances[vacant] += self.regularization * torch.eye(len(self.origin), device="cpu").to(covariances)
             else:
                 covariances[vacant] += self.regularization
         return Parameters(weights / weights.sum(), means, covariances)

@@ -118,7 +118,7 @@ def _search_on_gpu(faiss: Any) -> Search:
 
 def _spread(rows: int, size: int, generator: torch.Generator) -> Tensor:
     """One row of each of `size` equal stretches of all rows: every row is equally likely."""
-    places = torch.arange(size) + torch.rand(size, generator=generator, dtype=torch.float64)
+    places = torch.arange(size, device="cpu") + torch.rand(size, generator=generator, dtype=torch.float64, device="cpu")
     return (places * (rows / size)).long().clamp(max=rows - 1)
 
 
@@ -131,13 +131,13 @@ def _frame(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def _draw_centres(rows: Tensor, n_clusters: int, generator: torch.Generator) -> Tensor:
     """k-means++: rows [K, E], each drawn by its squared distance to those before; fewer where no others are left."""
-    drawn = [int(torch.randint(len(rows), (), generator=generator))]
+    drawn = [int(torch.randint(len(rows), (), generator=generator, device="cpu"))]
     nearest = _squared_distances(rows, drawn[0])
     while len(drawn) < n_clusters:
         cumulative = nearest.cpu().double().cumsum(dim=0)  # a GPU would sum in an order of its own each time
         if float(cumulative[-1]) == 0:
             break
-        place = torch.rand((), generator=generator, dtype=torch.float64) * cumulative[-1]
+        place = torch.rand((), generator=generator, dtype=torch.float64, device="cpu") * cumulative[-1]
         drawn.append(min(int(torch.searchsorted(cumulative, place, right=True)), len(rows) - 1))
         nearest = torch.minimum(nearest, _squared_distances(rows, drawn[-1]))
     return rows[drawn]

@@ -17,21 +17,26 @@ def kmeans(X: Tensor, n_clusters: int, *, generator: torch.Generator) -> Tensor:
     Returns:
         Centres [K, E]; fewer than `n_clusters` when there are not so many distinct rows.
     """
+    centres = draw_centres(X, n_clusters, generator=generator)
+    for _ in range(LLOYD_STEPS):
+        centres = centres_of(X, nearest_centres(X, centres), centres)
+    return centres
+
+
+def draw_centres(X: Tensor, n_clusters: int, *, generator: torch.Generator) -> Tensor:
+    """Rows of X, each drawn with its squared distance to those before it: k-means++; all that differ, if fewer."""
     drawn: list[Tensor] = []
     nearest = torch.full((len(X),), math.inf, dtype=X.dtype, device=X.device)
-    row = int(torch.rand((), generator=generator, dtype=torch.float64) * len(X))
+    row = int(torch.rand((), generator=generator, dtype=torch.float64, device="cpu") * len(X))
     while len(drawn) < n_clusters:
         drawn.append(X[row])
         nearest = torch.minimum(nearest, _squared_distances(X, drawn[-1].unsqueeze(0))[:, 0])
         cumulative = nearest.cpu().double().cumsum(dim=0)  # a GPU sums in an order of its own each time
         if float(cumulative[-1]) == 0:
             break
-        u = torch.rand((), generator=generator, dtype=torch.float64) * cumulative[-1]
+        u = torch.rand((), generator=generator, dtype=torch.float64, device="cpu") * cumulative[-1]
         row = min(int(torch.searchsorted(cumulative, u, right=True)), len(X) - 1)
-    centres = torch.stack(drawn)
-    for _ in range(LLOYD_STEPS):
-        centres = centres_of(X, nearest_centres(X, centres), centres)
-    return centres
+    return torch.stack(drawn)
 
 
 def nearest_centres(X: Tensor, centres: Tensor) -> Tensor:

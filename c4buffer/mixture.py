@@ -14,7 +14,7 @@ from ._checks import check_choice, check_finite, check_integer, check_number, fa
 from .collective import Group, from_first, gathered, ranks_in
 from .expectation import Covariance, ExpectationMaximisation, Parameters
 from .faiss_kmeans import faiss_kmeans
-from .kmeans import LLOYD_STEPS, centres_of, kmeans
+from .kmeans import LLOYD_STEPS, centres_of, draw_centres, kmeans
 
 Start = Literal["k-means++", "faiss"]
 
@@ -221,15 +221,13 @@ class GaussianMixture:
         most = START_ROWS // ranks_in(self.process_group)
         rows: slice | Tensor = slice(None)
         if len(em.X) > most:
-            drawn = (torch.rand(most, generator=generator, dtype=torch.float64) * len(em.X)).long()
+            drawn = (torch.rand(most, generator=generator, dtype=torch.float64, device="cpu") * len(em.X)).long()
             rows = drawn.unique().to(em.X.device)
         sample = gathered(em.rows_at(rows), self.process_group)
-        if self.start == "faiss":
-            seed = int(torch.randint(2**31 - 1, (), generator=generator))
-            labels, clusters = faiss_kmeans(sample, self.n_components, seed=seed, iterations=LLOYD_STEPS)
-            centres = centres_of(sample, labels, sample[:clusters])
-        else:
-            centres = kmeans(sample, self.n_components, generator=generator)
+        centres = self._centres_of(sample, generator)
+        if len(centres) < self.n_components and len(sample) < em.rows:
+            # Among the rows that were not drawn there may be others.
+            centres = self._centres_of(torch.cat([sample, self._distinct(em, generator)]), generator)
         if len(centres) < self.n_components:
             warnings.warn(
                 f"n_components: {self.n_components} components for {len(centres)} distinct rows; "
@@ -237,6 +235,21 @@ class GaussianMixture:
                 stacklevel=3,
             )
         return from_first(centres, self.process_group)
+
+    def _centres_of(self, sample: Tensor, generator: torch.Generator) -> Tensor:
+        if self.start == "k-means++":
+            return kmeans(sample, self.n_components, generator=generator)
+        seed = int(torch.randint(2**31 - 1, (), generator=generator, device="cpu"))
+        labels, clusters = faiss_kmeans(sample, self.n_components, seed=seed, iterations=LLOYD_STEPS)
+        return centres_of(sample, labels, sample[:clusters])
+
+    def _distinct(self, em: ExpectationMaximisation, generator: torch.Generator) -> Tensor:
+        """Up to K rows of each rank that differ, in the units of EM; fewer only where there are no more."""
+        found = em.rows_at(slice(0, 0))
+        for start in range(0, len(em.X), START_ROWS):
+            part = em.rows_at(slice(start, start + START_ROWS))
+            found = draw_centres(torch.cat([found, part]), self.n_components, generator=generator)
+        return gathered(found, self.process_group)
 
     def _checked_responsibilities(self, initial: Tensor, X: Tensor) -> Tensor:
         if initial.shape != (len(X), self.n_components):

@@ -29,11 +29,11 @@ class Partition:
         self._labels: Tensor | None = None  # with room at the end
         self._labelled = 0
         self._members: Tensor | None = None
-        self.walks = [torch.empty(0, dtype=torch.int64) for _ in ids]
+        self.walks = [torch.empty(0, dtype=torch.int64, device="cpu") for _ in ids]
         self.dissolved: dict[int, Partition] = {}
         self.tailed: Partition | None = None
         self._tables: dict[int, Tensor] = {}
-        self.p = torch.zeros(len(ids), dtype=torch.float64) if p is None else p
+        self.p = torch.zeros(len(ids), dtype=torch.float64, device="cpu") if p is None else p
         self._count()
 
     def state(self, size: int) -> dict[str, Any]:
@@ -65,10 +65,14 @@ class Partition:
             return None if value is None else value.clone(memory_format=torch.contiguous_format)
 
         clusters = len(state["ids"])
-        shapes = {"r": (clusters, size), "labels": (size,), "sums": (clusters,), "squares": (clusters,)}
-        for name, shape in {**shapes, "counted": (clusters,), "p": (clusters,)}.items():
-            if state[name] is not None and state[name].shape != shape:
-                fail(name, f"a shape of {list(shape)}", shape_of(state[name]))
+        sums = ((clusters,), torch.float64)
+        forms: dict[str, tuple[tuple[int, ...], torch.dtype]] = dict.fromkeys(("sums", "squares", "counted", "p"), sums)
+        forms["r"] = ((clusters, size), state["r"].dtype if state["r"].is_floating_point() else torch.float32)
+        if state["labels"] is not None:
+            forms["labels"] = ((size,), torch.int64)
+        for name, (shape, dtype) in forms.items():
+            if state[name].shape != shape or state[name].dtype != dtype:
+                fail(name, f"{dtype} {list(shape)}", f"{state[name].dtype} {shape_of(state[name])}")
         known = state["distances"]
         if known is not None and (known.ndim != 2 or len(known) != clusters or known.shape[1] > size):
             fail("distances", f"a shape of [{clusters}, at most {size}]", shape_of(known))
@@ -89,7 +93,7 @@ class Partition:
     def _count(self) -> None:
         """Sums over the assigned rows, anew."""
         self.assigned = int((self.r[0] >= 0).sum())
-        self.sums = torch.zeros(len(self.r), dtype=torch.float64)
+        self.sums = torch.zeros(len(self.r), dtype=torch.float64, device="cpu")
         self.squares = torch.zeros_like(self.sums)
         for part in self.r.split(BLOCK_ROWS, dim=1):
             here = part.clamp(min=0).double()  # a float32 loses the squares of what is below 1e-23
@@ -108,7 +112,7 @@ class Partition:
     def responsibilities(self, size: int, rows: Tensor | None = None) -> Tensor:
         """[size, K], or [M, K] for given rows."""
         r = self.r[:, :size] if rows is None else self.r[:, rows]
-        result = torch.empty(r.shape[1], len(r), dtype=r.dtype)
+        result = torch.empty(r.shape[1], len(r), dtype=r.dtype, device="cpu")
         for part, known in zip(result.split(BLOCK_ROWS), r.split(BLOCK_ROWS, dim=1)):
             part.copy_(torch.where(known < 0, self.p.to(r.dtype).unsqueeze(1), known).T)
         return result
@@ -161,12 +165,12 @@ class Partition:
         """Rows were appended; they are unassigned."""
         if size > self.r.shape[1]:
             room = max(size, 2 * self.r.shape[1])
-            r = torch.full((len(self.r), room), UNASSIGNED, dtype=self.r.dtype)
+            r = torch.full((len(self.r), room), UNASSIGNED, dtype=self.r.dtype, device="cpu")
             r[:, : self.r.shape[1]] = self.r
             self.r = r
         if self._labels is not None:
             if size > len(self._labels):
-                longer = torch.full((max(size, 2 * len(self._labels)),), -1)
+                longer = torch.full((max(size, 2 * len(self._labels)),), -1, device="cpu")
                 longer[: self._labelled] = self._labels[: self._labelled]
                 self._labels = longer
             self._labelled = size
@@ -195,8 +199,8 @@ class Partition:
 
     def without(self, z: int) -> Partition:
         """The partition with cluster z dropped and the others renormalised."""
-        keep = torch.cat([torch.arange(z), torch.arange(z + 1, len(self.ids))])
-        remains = torch.empty(len(keep), self.r.shape[1], dtype=self.r.dtype)
+        keep = all_but(z, len(self.ids))
+        remains = torch.empty(len(keep), self.r.shape[1], dtype=self.r.dtype, device="cpu")
         distances = None if self.distances is None else self.distances[keep]
         for start in range(0, self.r.shape[1], BLOCK_ROWS):
             block = slice(start, start + BLOCK_ROWS)
@@ -221,8 +225,8 @@ class Partition:
         numbers, times, clusters: of the rows that there were when this clustering was made, [N]. What has become of
         the rows since does not change which were a trajectory's last members.
         """
-        place = torch.full((int(max(clusters.max(), self.ids.max())) + 1,), -1)
-        place[self.ids] = torch.arange(len(self.ids))
+        place = torch.full((int(max(clusters.max(), self.ids.max())) + 1,), -1, device="cpu")
+        place[self.ids] = torch.arange(len(self.ids), device="cpu")
         labels = place[clusters]
         lost = (labels < 0).nonzero().squeeze(1)  # of clusters that were dissolved
         if self.distances is not None:
@@ -231,6 +235,12 @@ class Partition:
         members[:, : len(numbers)] = with_tails(labels, len(self.ids), numbers, times).to(self.r.dtype)
         members[:, (self.r < 0)[0]] = UNASSIGNED
         return Partition(members, self.ids, None, p=self.p)
+
+
+def all_but(z: int, clusters: int) -> Tensor:
+    """The numbers of the other clusters, in order."""
+    numbers = torch.arange(clusters, device="cpu")
+    return numbers[numbers != z]
 
 
 def check_responsibilities(responsibilities: object, rows: int) -> None:

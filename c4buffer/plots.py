@@ -170,7 +170,7 @@ def gradient_space(
             fail("responsibilities", f"[N, K] with N = {len(y)}", shape_of(r))
         points, explained = _principal_plane(y)
         labels = r.argmax(dim=1).cpu()
-        limits = torch.quantile(points, torch.tensor([0.005, 0.995], dtype=points.dtype), dim=0)
+        limits = torch.quantile(points, torch.tensor([0.005, 0.995], dtype=points.dtype, device="cpu"), dim=0)
         for z in range(r.shape[1]):
             here = points[labels == z]
             colour, label = CLUSTER_COLOURS[z % len(CLUSTER_COLOURS)], f"cluster {z}: {len(here):,}"

@@ -74,7 +74,7 @@ def _find_linear() -> Callable[[Tensor, Tensor], Tensor] | None:
         return None
     try:
         operator = torch.ops.mkldnn._linear_pointwise
-        operator(torch.ones(2, 2), torch.ones(2, 2), None, "none", [], "")
+        operator(torch.ones(2, 2, device="cpu"), torch.ones(2, 2, device="cpu"), None, "none", [], "")
     except (AttributeError, RuntimeError, TypeError):
         return None
     return lambda x, w: operator(x, w, None, "none", [], "")

@@ -48,8 +48,8 @@ class ReducedClusterer:
     @property
     def mixture(self) -> MixtureResult | None:
         """The inner clusterer's mixture, in the reduced dimensions where there was something to reduce; or None."""
-        found: MixtureResult | None = getattr(self.clusterer, "mixture", None)
-        return found
+        found = getattr(self.clusterer, "mixture", None)
+        return found if isinstance(found, MixtureResult) else None  # one of another kind is the clusterer's own affair
 
     def __call__(self, embeddings: Tensor, previous: Tensor | None = None) -> Tensor:
         """Responsibilities [N, K] of the rows of embeddings [N, E]."""
@@ -89,7 +89,7 @@ class ReducedClusterer:
         mean, scale = column_scaling(embeddings, process_group=group)
         if self.reduction == "projection":
             generator = torch.Generator().manual_seed(self.seed)
-            normal = torch.randn(len(mean), self.max_dim, generator=generator, dtype=torch.float64)
+            normal = torch.randn(len(mean), self.max_dim, generator=generator, dtype=torch.float64, device="cpu")
             directions = normal / math.sqrt(self.max_dim)
         else:
             scatter = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=mean.device)

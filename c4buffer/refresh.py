@@ -137,9 +137,10 @@ class OnDrift:
     """Cluster when the clustering no longer describes what the critics have become.
 
     A probe set of transitions is drawn once, or at each refresh while the buffer holds too few. After each refresh the
-    mean log-likelihood of its embeddings under the new mixture is noted; when, later, fresh embeddings of the same
-    transitions are less likely by more than the threshold, it is time. Gradients that grow together count as drift,
-    though the clusters may still be good; those that shrink may not.
+    mean log-likelihood of its embeddings under the new mixture is noted; when, later, fresh embeddings of what the
+    buffer holds at the same indices are less likely by more than the threshold, it is time: rows of another kind that
+    have overwritten them count as drift, too. Gradients that grow together do, though the clusters may still be good;
+    those that shrink may not.
 
     One policy serves one buffer; given to another, it starts anew.
 
@@ -156,10 +157,10 @@ class OnDrift:
         self.check_every = check_integer("check_every", check_every, minimum=1)
         self.probe_size = check_integer("probe_size", probe_size, minimum=1)
         self.seed = check_integer("seed", seed, minimum=0)
-        self._buffer: weakref.ref[ClusteredReplayBuffer] | None = None
-        self._report: RefreshReport | None = None
-        self._probe = torch.empty(0, dtype=torch.int64)
-        self._reference = 0.0
+        self._buffer: weakref.ref[ClusteredReplayBuffer] | None
+        self._report: RefreshReport | None
+        self._probe: Tensor
+        self.forget()
 
     def __call__(self, step: int, buffer: ClusteredReplayBuffer) -> bool:
         if buffer.last_report is None or not buffer.clustered:
@@ -174,7 +175,7 @@ class OnDrift:
         if self._buffer is None and report is self._report:  # copied together with its buffer
             self._buffer = weakref.ref(buffer)
         elif self._buffer is None or self._buffer() is not buffer:
-            self._forget()
+            self.forget()
             self._buffer = weakref.ref(buffer)
         if report is self._report:
             return False
@@ -200,6 +201,15 @@ class OnDrift:
         """For a copy or a pickle, which goes to the copy of the buffer."""
         return {**self.__dict__, "_buffer": None}
 
+    def serves(self, buffer: object) -> bool:
+        """Whether what it has noted is of this buffer; of a copy, it is of the buffer's copy."""
+        return self._buffer is None or self._buffer() is buffer
+
+    def forget(self) -> None:
+        """Start anew."""
+        self._buffer, self._report = None, None
+        self._probe, self._reference = torch.empty(0, dtype=torch.int64, device="cpu"), 0.0
+
     def state_dict(self) -> dict[str, Any]:
         """The probe set and its likelihood after the last refresh."""
         compared = self._report is not None
@@ -210,18 +220,14 @@ class OnDrift:
 
     def load_state_dict(self, state: dict[str, Any] | None, buffer: ClusteredReplayBuffer) -> None:
         """Take what `state_dict` gave, for `buffer` as it is now; from None, of another policy's buffer, start anew."""
-        self._forget()
+        self.forget()
         if state is not None:
             self._buffer, self._probe, self._reference = weakref.ref(buffer), state["probe"].clone(), state["reference"]
             self._report = buffer.last_report if state["compared"] else None
 
-    def _forget(self) -> None:
-        self._buffer, self._report = None, None
-        self._probe, self._reference = torch.empty(0, dtype=torch.int64), 0.0
-
     def _drawn(self, rows: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
-        return torch.randperm(rows, generator=generator)[: self.probe_size].sort().values
+        return torch.randperm(rows, generator=generator, device="cpu")[: self.probe_size].sort().values
 
     def __repr__(self) -> str:
         return f"OnDrift({self.threshold:g}, check_every={self.check_every}, probe_size={self.probe_size})"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_integer, fail
-from .partition import BLOCK_ROWS, Partition, check_responsibilities, check_rows
+from .partition import BLOCK_ROWS, Partition, all_but, check_responsibilities, check_rows
 
 BLOCK_INDICES = 1 << 14  # drawn ahead at most, and at most BLOCK_BATCHES batches
 BLOCK_BATCHES = 64
@@ -59,7 +59,8 @@ class SingleClusterSampler:
         self.size = 0
         self._partition: Partition | None = None
         self._trajectories: tuple[Tensor, Tensor, Tensor] | None = None  # numbers, times, clusters; when assigned
-        self._everything = torch.empty(0, dtype=torch.int64)  # the walk over all rows, before any clustering
+        # the walk over all rows, before any clustering
+        self._everything = torch.empty(0, dtype=torch.int64, device="cpu")
         self._ahead: deque[tuple[Tensor, int]] = deque()
         self._ahead_for = 0
         self._block = 1
@@ -85,7 +86,7 @@ class SingleClusterSampler:
         self.size += rows
         if self._partition is not None:
             self._partition.grow(self.size)
-            self._label(self._partition, torch.arange(self.size - rows, self.size))
+            self._label(self._partition, torch.arange(self.size - rows, self.size, device="cpu"))
         self.forget_ahead()
 
     def overwrite(self, rows: Tensor) -> None:
@@ -117,21 +118,21 @@ class SingleClusterSampler:
         check_responsibilities(responsibilities, self.size)
         if trajectories is not None and not (self.replacement and self.assignment == "hard"):
             fail("trajectories", "None, unless assignment='hard' with replacement", "some")
-        r = torch.empty(responsibilities.shape[1], self.size, dtype=responsibilities.dtype)
+        r = torch.empty(responsibilities.shape[1], self.size, dtype=responsibilities.dtype, device="cpu")
         for start, part in zip(range(0, self.size, BLOCK_ROWS), responsibilities.detach().split(BLOCK_ROWS)):
             if self.assignment == "hard":
                 part = torch.zeros_like(part).scatter_(1, part.argmax(dim=1, keepdim=True), 1)
             # Exactly one, or rows would be drawn as often as their sum says.
             r[:, start : start + len(part)] = (part / part.sum(dim=1, keepdim=True)).T
         d = None if distances is None else distances.T.cpu().contiguous()
-        self._partition = Partition(r, torch.arange(len(r)), d)
+        self._partition = Partition(r, torch.arange(len(r), device="cpu"), d)
         # copies: the ring numbers its rows anew, while the clusters are those of these rows
         self._trajectories = None
         if trajectories is not None:
             self._trajectories = trajectories[0].clone(), trajectories[1].clone(), r.argmax(dim=0)
         if not self.replacement:
-            self._partition.labels = torch.full((self.size,), -1)
-            self._label(self._partition, torch.arange(self.size))
+            self._partition.labels = torch.full((self.size,), -1, device="cpu")
+            self._label(self._partition, torch.arange(self.size, device="cpu"))
         self.forget_ahead()
 
     def state(self) -> dict[str, Any]:
@@ -158,6 +159,8 @@ class SingleClusterSampler:
                 fail(name, repr(state[name]), repr(getattr(self, name)))
         size = state["size"]
         partition = None if state["partition"] is None else Partition.from_state(state["partition"], size)
+        if partition is not None and (partition.labels is None) == (not self.replacement):
+            fail("labels", "those of the rows" if partition.labels is None else "none, with replacement", "the other")
         for rows in (state["everything"], *state["ahead_rows"], *state["pools"]):
             check_rows("rows drawn ahead", rows, size)
         trajectories = state["trajectories"]
@@ -229,8 +232,7 @@ class SingleClusterSampler:
         if known is None:
             known = partition.dissolved[z] = partition.without(z)
             if partition.labels is not None:
-                remaining = torch.cat([torch.arange(z), torch.arange(z + 1, len(partition.ids))])
-                known.labels = torch.searchsorted(remaining, partition.labels)
+                known.labels = torch.searchsorted(all_but(z, len(partition.ids)), partition.labels)
                 homeless = (partition.labels == z).nonzero().squeeze(1)
                 self._label(known, homeless)
         return known
@@ -240,7 +242,7 @@ class SingleClusterSampler:
         if partition.labels is None:
             return
         cumulative = partition.responsibilities(self.size, rows).double().cumsum(dim=1)
-        u = torch.rand(len(rows), 1, generator=self.generator, dtype=torch.float64)
+        u = torch.rand(len(rows), 1, generator=self.generator, dtype=torch.float64, device="cpu")
         labels = (u * cumulative[:, -1:] >= cumulative).sum(dim=1).clamp(max=len(partition.ids) - 1)
         partition.relabel(rows, labels)
         for child in partition.dissolved.values():
@@ -262,7 +264,7 @@ class SingleClusterSampler:
         self._block = 1
 
     def _uniforms(self, count: int) -> Tensor:
-        return torch.rand(count, generator=self.generator, dtype=torch.float64)
+        return torch.rand(count, generator=self.generator, dtype=torch.float64, device="cpu")
 
     def _uniform_rows(self, count: int) -> Tensor:
         return (self._uniforms(count) * self.size).long().clamp_(max=self.size - 1)
@@ -290,7 +292,7 @@ class SingleClusterSampler:
         p = partition.p.tolist()
         by_table = [share < SMALLEST_SHARE_BY_PROPOSAL for share in p]
         if not self._pools:
-            self._pools = [torch.empty(0, dtype=torch.int64) for _ in p]
+            self._pools = [torch.empty(0, dtype=torch.int64, device="cpu") for _ in p]
         while True:
             missing = [
                 0 if small else (count - len(pool)) / share if len(pool) < count else 0
@@ -346,10 +348,11 @@ class SingleClusterSampler:
     ) -> tuple[Tensor, Tensor]:
         """The next rows of a walk that are still in cluster z, and what is left of it; a new walk where too few are."""
         for chunk in (walk[: 2 * batch_size], walk):
-            inside = torch.arange(len(chunk)) if labels is None else (labels[chunk] == z).nonzero().squeeze(1)
+            whole = torch.ones(len(chunk), dtype=torch.bool, device="cpu")
+            inside = (whole if labels is None else labels[chunk] == z).nonzero().squeeze(1)
             if len(inside) >= batch_size:
                 taken = inside[:batch_size]
                 return chunk[taken], walk[int(taken[-1]) + 1 :]
-        members = torch.arange(self.size) if labels is None else (labels == z).nonzero().squeeze(1)
-        walk = members[torch.randperm(len(members), generator=self.generator)]
+        members = torch.arange(self.size, device="cpu") if labels is None else (labels == z).nonzero().squeeze(1)
+        walk = members[torch.randperm(len(members), generator=self.generator, device="cpu")]
         return walk[:batch_size], walk[batch_size:]

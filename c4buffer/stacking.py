@@ -9,8 +9,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from ._checks import check_finite, check_integer
-from .critics import Critics, member_features
+from ._checks import check_finite, check_integer, fail
+from .critics import Critics, check_critics, member_features
 from .gradients import mean_gradient
 from .inference import outside_inference_mode
 from .memory import bytes_made, rows_at_once
@@ -77,6 +77,9 @@ def _in_chunks(
     chunk_size: int | None,
     embedding: str,
 ) -> Tensor:
+    check_critics(critics)
+    if len(batch) == 0:
+        fail("batch", "at least one transition", "none")
     if chunk_size is None:
         chunk_size = len(batch) if len(batch) <= FEW_ROWS else rows_for(critics, batch, embedding)
     check_integer("chunk_size", chunk_size, minimum=1)

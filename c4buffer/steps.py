@@ -29,7 +29,7 @@ def step_of(
         return tensor.unsqueeze(0) if single else tensor
 
     actions, rewards = rows("actions", actions), rows("rewards", rewards)
-    timeouts = torch.zeros(len(rewards)) if timeouts is None else rows("timeouts", timeouts)
+    timeouts = rewards.new_zeros(len(rewards)) if timeouts is None else rows("timeouts", timeouts)
     step = Transitions(
         observations=_map_parts(partial(rows, "observations"), observations),
         actions=actions,
@@ -38,7 +38,7 @@ def step_of(
         terminals=rows("terminals", terminals),
         timeouts=timeouts,
         next_actions=actions,
-        has_next_actions=torch.zeros(len(actions)),
+        has_next_actions=rewards.new_zeros(len(actions)),
     )
     # The constructor closes a last row that is still open; here its episode goes on.
     return Transitions.unchecked({**dict(step.columns()), "timeouts": timeouts.reshape(-1).to(step.timeouts)})

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._checks import fail
 from .memory import free_bytes
-from .transitions import Transitions, map_observations, observation_leaves, with_leaves
+from .transitions import COLUMNS, Transitions, map_observations, observation_leaves, with_leaves
 
 FEWEST_ROWS = 1024  # allocated at first by a ring that grows
 
@@ -99,7 +99,7 @@ class RingStorage:
                 if head < len(kept):  # around the end of the ring
                     target[: len(kept) - head] = source[head:]
         self.written += rows
-        return torch.arange(start, start + len(kept)) % self.capacity
+        return torch.arange(start, start + len(kept), device="cpu") % self.capacity
 
     def holds(self, row: int) -> bool:
         """Whether the `row`-th row ever written has not been overwritten yet."""
@@ -134,7 +134,7 @@ class RingStorage:
     def _gathered(self, rows: Tensor, index: Tensor) -> Tensor:
         if self.target == self.device:
             return rows.index_select(0, index)
-        taken = torch.empty(len(index), rows.shape[1], dtype=rows.dtype, pin_memory=self.pinned)
+        taken = torch.empty(len(index), rows.shape[1], dtype=rows.dtype, pin_memory=self.pinned, device="cpu")
         torch.index_select(rows, 0, index, out=taken)
         return taken.to(self.target, non_blocking=self.pinned)
 
@@ -165,6 +165,8 @@ class RingStorage:
         if state["capacity"] != self.capacity:
             fail("capacity", str(state["capacity"]), self.capacity)
         held = min(state["written"], self.capacity)
+        if set(state["form"]) != (set(COLUMNS) if held else set()):
+            fail("form", f"those of {held} rows", ", ".join(state["form"]) or "no columns")
         if state["form"]:
             columns = {name: _from_layout(form) for name, form in state["form"].items()}
             needed = self._room_for(held) * sum(
@@ -314,7 +316,7 @@ def _from_layout(layout: Any) -> Any:
     dtype = getattr(torch, layout["dtype"], None)
     if not isinstance(dtype, torch.dtype):
         fail("dtype", "one of torch's", repr(layout["dtype"]))
-    return torch.empty(0, *layout["shape"], dtype=dtype)
+    return torch.empty(0, *layout["shape"], dtype=dtype, device="cpu")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -18,8 +18,8 @@ class Trajectories:
     """
 
     def __init__(self, capacity: int) -> None:
-        self._numbers = torch.full((capacity,), -1)
-        self._times = torch.full((capacity,), -1)
+        self._numbers = torch.full((capacity,), -1, device="cpu")
+        self._times = torch.full((capacity,), -1, device="cpu")
         self._written = 0
         self._next = 0
         self._open: dict[int, int] = {}  # of each environment that is under way; -1 is the one of `extend`
@@ -27,7 +27,7 @@ class Trajectories:
     def extend(self, slots: Tensor, ends: Tensor) -> None:
         """Rows one after the other, `ends` [M] where a trajectory's last is; the first goes on with what is open."""
         number = self._open.pop(-1, self._next)
-        numbers = number + torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1].long().cumsum(dim=0)])
+        numbers = number + torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), ends[:-1].long().cumsum(dim=0)])
         # The first may be an older trajectory; those that begin here have numbers of their own.
         numbers = torch.where(numbers > number, numbers - number - 1 + max(self._next, number + 1), number)
         self._next = max(self._next, int(numbers.max()) + 1)
@@ -44,11 +44,11 @@ class Trajectories:
                 self._next += 1
             numbers.append(self._open.pop(environment) if end else self._open[environment])
         self._open = _of_first(self._open, len(ends))
-        self._write(slots, torch.tensor(numbers)[len(numbers) - len(slots) :])
+        self._write(slots, torch.tensor(numbers, device="cpu")[len(numbers) - len(slots) :])
 
     def _write(self, slots: Tensor, numbers: Tensor) -> None:
         self._numbers[slots] = numbers
-        self._times[slots] = torch.arange(self._written, self._written + len(slots))
+        self._times[slots] = torch.arange(self._written, self._written + len(slots), device="cpu")
         self._written += len(slots)
 
     def state(self) -> dict[str, Any]:
@@ -84,8 +84,9 @@ class Neighbours:
     """
 
     def __init__(self, capacity: int) -> None:
-        self._next = torch.full((capacity,), -1)
-        self._previous = torch.full((capacity,), -1)  # row j of all that were ever written is in slot j % capacity
+        self._next = torch.full((capacity,), -1, device="cpu")
+        # row j of all that were ever written is in slot j % capacity
+        self._previous = torch.full((capacity,), -1, device="cpu")
         self._written = 0
         self._open: dict[int, int] = {}  # the last row of each environment that is under way; -1 is that of `extend`
 
@@ -96,12 +97,12 @@ class Neighbours:
         whole = len(slots) == len(ends)
         if whole:
             self._link(self._open.get(-1), int(slots[0]))
-        previous = torch.arange(first - 1, self._written - 1)
+        previous = torch.arange(first - 1, self._written - 1, device="cpu")
         previous[0] = self._open.get(-1, -1)
         previous[1:] = torch.where(ends[:-1], -1, previous[1:])
         self._previous[slots] = previous[len(ends) - len(slots) :]
         ends = ends[len(ends) - len(slots) :]
-        self._next[slots] = torch.cat([torch.where(ends[:-1], -1, slots[1:]), torch.tensor([-1])])
+        self._next[slots] = torch.cat([torch.where(ends[:-1], -1, slots[1:]), torch.tensor([-1], device="cpu")])
         self._close(-1, self._written - 1, bool(ends[-1]))
 
     def add(self, slots: Tensor, ends: Tensor) -> None:
@@ -171,7 +172,7 @@ def with_tails(labels: Tensor, n_clusters: int, numbers: Tensor, times: Tensor) 
         numbers, times: of each row its trajectory, and its place in the order of all rows, [N].
     """
     inverse = numbers.unique(return_inverse=True)[1]
-    last = torch.full((int(inverse.max()) + 1, n_clusters), torch.iinfo(torch.int64).max)
+    last = torch.full((int(inverse.max()) + 1, n_clusters), torch.iinfo(torch.int64).max, device="cpu")
     known = labels >= 0
     last.view(-1).scatter_reduce_(
         0, (inverse * n_clusters + labels)[known], times[known], reduce="amax", include_self=False

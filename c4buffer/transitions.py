@@ -195,7 +195,7 @@ class Transitions:
         """All rows of `parts`, in order. Each part keeps its own ends and next actions; nothing is linked across.
 
         Raises:
-            ValueError: for no parts, and for parts of other shapes or dtypes.
+            ValueError: for no parts, and for observations or actions of other shapes or dtypes.
         """
         parts = list(parts)
         if not parts:

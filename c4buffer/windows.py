@@ -64,7 +64,7 @@ class Windows:
         here = slots
         rewards = self.storage.column("rewards", slots)
         intervals = torch.ones_like(rewards)
-        going = torch.ones(len(slots), dtype=torch.bool)
+        going = torch.ones(len(slots), dtype=torch.bool, device="cpu")
         for step in range(1, self.n_steps):
             ended = self.storage.column("terminals", here) + self.storage.column("timeouts", here)
             following = self.neighbours.after(here)
@@ -80,7 +80,7 @@ class Windows:
     def _back(self, slots: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
         """Up to `count` rows before those in `slots`, the oldest first: slots, and whether there is such a row."""
         found = []
-        here, there = slots, torch.ones(len(slots), dtype=torch.bool)
+        here, there = slots, torch.ones(len(slots), dtype=torch.bool, device="cpu")
         for _ in range(count):
             before = self.neighbours.before(here)
             there = there & (before >= 0)

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans
+from sklearn.mixture import GaussianMixture as SklearnMixture
 from torch import Tensor, nn
 
 import c4buffer.storage as storage_file
@@ -682,6 +683,22 @@ def test_a_custom_clusterer_gets_the_previous_responsibilities() -> None:
     assert torch.equal(previously[1], first)
     assert torch.equal(previously[2][:60], second)
     torch.testing.assert_close(previously[2][60:], torch.full((10, 3), 1 / 3))
+
+
+@pytest.mark.parametrize("own", ["full", SklearnMixture(2, random_state=0)])
+def test_a_clusterers_attribute_named_mixture_is_its_own_affair(own: Any) -> None:
+    class Halves:
+        mixture = own
+
+        def __call__(self, embeddings: Tensor, previous: Tensor | None) -> Tensor:
+            return torch.nn.functional.one_hot((embeddings[:, 0] > 0).long(), 2).float()
+
+    buffer = buffer_of(clusterer=Halves())
+    report = buffer.refresh(CRITICS)
+    assert report.iterations == 0
+    assert np.isnan(report.log_likelihood)
+    assert buffer.mixture is None
+    assert buffer.last_report is report
 
 
 def test_a_warm_clusterer_starts_from_the_mixture_before() -> None:

@@ -244,6 +244,14 @@ DAMAGES: dict[str, Callable[[Any], Any]] = {
     "clusters of other rows": lambda s: without(s, ("sampler", "partition", "r"), torch.ones(3, 7)),
     "sums of other clusters": lambda s: without(s, ("sampler", "partition", "sums"), torch.ones(2)),
     "no cluster": lambda s: without(s, ("sampler", "partition", "ids"), torch.empty(0, dtype=torch.int64)),
+    "no columns": lambda s: without(s, ("storage", "form"), {}),
+    "no rewards": lambda s: without(s, ("storage", "form", "rewards"), drop=True),
+    "no squares": lambda s: without(s, ("sampler", "partition", "squares")),
+    "sums in single precision": lambda s: without(s, ("sampler", "partition", "sums"), torch.ones(3)),
+    "whole responsibilities": lambda s: without(s, ("sampler", "partition", "r"), torch.ones(3, 400).long()),
+    "labels where rows are in several": lambda s: without(
+        s, ("sampler", "partition", "labels"), torch.ones(400).long()
+    ),
     "another size": lambda s: without(s, ("sampler", "size"), 12),
     "counters of text": lambda s: without(s, ("batches",), "many"),
     "a report of other fields": lambda s: without(s, ("report",), {"sizes": 1}),

@@ -92,7 +92,7 @@ def test_cleared_it_holds_nothing_and_begins_anew() -> None:
     rows = rows_of()
     rows.refresh(CRITICS, read, device=CPU)
     rows.sample(4)
-    rows.clear()
+    rows.clear(None)
     assert (rows.sampler.size, rows.sampler.clustered, rows.batches, rows.last_report) == (0, False, 0, None)
     with pytest.raises(ValueError, match="refresh: expected transitions to cluster, got an empty buffer"):
         rows.refresh(CRITICS, read, device=CPU)
@@ -104,7 +104,7 @@ def test_a_state_goes_on_batch_for_batch() -> None:
     rows, other = rows_of(), rows_of(seed=1)
     rows.refresh(CRITICS, read, device=CPU)
     rows.sample(4)
-    other.restore(copy.deepcopy(rows.state()), None, size=50)
+    other.restore(copy.deepcopy(rows.state(None)), None, size=50)
     assert (other.batches, other.last_report) == (rows.batches, rows.last_report)
     for _ in range(5):
         expected, cluster = rows.sample(4)
@@ -138,31 +138,31 @@ BROKEN: dict[str, tuple[Any, ...]] = {
 def test_a_state_that_is_damaged_changes_nothing(part: str) -> None:
     rows = rows_of(refresh=OnDrift(1.0))
     value, error = BROKEN[part]
-    state = {**copy.deepcopy(rows.state()), part: value}
+    state = {**copy.deepcopy(rows.state(None)), part: value}
     rows.refresh(CRITICS, read, device=CPU)
     rows.sample(4)
-    before = copy.deepcopy(rows.state())
+    before = copy.deepcopy(rows.state(None))
     with pytest.raises(error):
         rows.restore(state, None)
-    assert_equal(rows.state(), before)
+    assert_equal(rows.state(None), before)
 
 
 def test_a_clusterer_that_refuses_its_state_keeps_the_one_it_had() -> None:
     clusterer = Unwilling()
     rows = rows_of(clusterer=clusterer)
-    state = copy.deepcopy(rows.state())
+    state = copy.deepcopy(rows.state(None))
     rows.refresh(CRITICS, read, device=CPU)
-    before = copy.deepcopy(rows.state())
+    before = copy.deepcopy(rows.state(None))
     with pytest.raises(RuntimeError, match="not this one"):
         rows.restore(state, None)
-    assert_equal(rows.state(), before)
+    assert_equal(rows.state(None), before)
     assert clusterer.mixture is not None
 
 
 def test_clusters_of_another_number_of_rows_are_refused() -> None:
     rows = rows_of()
     with pytest.raises(ValueError, match="state: expected clusters of the 49 transitions held, got 50"):
-        rows.restore(rows.state(), None, size=49)
+        rows.restore(rows.state(None), None, size=49)
 
 
 def assert_equal(one: Any, other: Any) -> None:

@@ -114,6 +114,9 @@ def only_in_groups(rank: int, group: Any) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(rank)
     X = 20 * torch.eye(3)[torch.arange(200) % 3] + torch.randn(200, 3, generator=generator)
     drawn = GaussianMixture(3, process_group=group, generator=generator).fit(X)
+    apart = torch.zeros(200, 2)
+    apart[70 + rank] = torch.eye(2)[rank % 2]  # which the start does not draw
+    outlying = GaussianMixture(3, process_group=group).fit(apart)
     c4buffer.mixture.START_ROWS = most
     return {
         "ranks": ranks_in(group),
@@ -123,6 +126,7 @@ def only_in_groups(rank: int, group: Any) -> dict[str, Any]:
         "nothing gathered": gathered(share[: 0 if rank else 1], group),
         "from first": from_first(share.new_full((2, 2), rank).T, group),
         "start of drawn rows": {name: getattr(drawn, name) for name in SHARED},
+        "distinct rows that were not drawn": {name: getattr(outlying, name) for name in SHARED},
     }
 
 
@@ -295,6 +299,12 @@ def test_a_start_from_drawn_rows_finds_what_is_far_apart(found: list[dict[str, A
     for each in found:
         distances = torch.cdist(20 * torch.eye(3), each["start of drawn rows"]["means"])
         assert float(distances.amin(dim=1).max()) < 1
+
+
+def test_rows_that_no_rank_drew_for_the_start_count_as_distinct(found: list[dict[str, Any]]) -> None:
+    for each in found:
+        means = each["distinct rows that were not drawn"]["means"]
+        assert sorted(means.round(decimals=2).tolist()) == [[0, 0], [0, 1], [1, 0]]
 
 
 def test_sums_and_rows_over_the_ranks_by_hand(group: str, found: list[dict[str, Any]]) -> None:

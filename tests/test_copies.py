@@ -109,6 +109,22 @@ def test_a_policy_given_to_a_second_buffer_starts_anew(make_transitions: MakeTra
     assert int(drift.state_dict()["probe"].max()) < 30
 
 
+def test_a_buffer_whose_policy_serves_another_by_now_is_saved_and_loaded(
+    make_transitions: MakeTransitions, tmp_path: Path
+) -> None:
+    drift = OnDrift(1.0, probe_size=100)
+    buffers = [ClusteredReplayBuffer.from_transitions(make_transitions(n), seed=0, refresh=drift) for n in (50, 200)]
+    for buffer in buffers:
+        buffer.attach(critics())
+        buffer.sample(8)
+    for buffer in buffers:
+        buffer.save(tmp_path / "buffer")
+        loaded = ClusteredReplayBuffer.load(tmp_path / "buffer")
+        loaded.attach(critics())
+        expected = buffer.sample(8)
+        assert torch.equal(loaded.sample(8).indices, expected.indices)
+
+
 # --- callables that change what they are given ---------------------------------------------------------------------
 
 

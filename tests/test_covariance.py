@@ -221,6 +221,15 @@ def test_one_cluster_has_nothing_between() -> None:
     assert between.norm().item() < 1e-15
 
 
+def test_decomposition_takes_responsibilities_in_another_precision() -> None:
+    target_g, g = torch.randn(2, 20, 3, generator=torch.Generator().manual_seed(0)).unbind()
+    r = torch.softmax(torch.randn(20, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64), dim=1)
+    for part, expected in zip(
+        decompose_cross_covariance(target_g, g, r), decompose_cross_covariance(target_g, g, r.float()), strict=True
+    ):
+        torch.testing.assert_close(part, expected)
+
+
 def test_decomposition_refuses_responsibilities_of_other_rows() -> None:
     with pytest.raises(ValueError, match=re.escape("[N, K] with N = 3, got torch.float32 [4, 2]")):
         decompose_cross_covariance(torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(4, 2))

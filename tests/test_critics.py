@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import c4buffer.memory
-from c4buffer import Critics, Transitions, stacked_features, stacked_gradients
+from c4buffer import CovariancePenalty, Critics, Transitions, stacked_features, stacked_gradients
 from c4buffer.stacking import rows_for
 
 
@@ -183,6 +183,20 @@ def test_modes_are_restored_after_an_error(make_transitions: Callable[..., Trans
 def test_what_is_no_critic_is_refused(critic: Any, target: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         Critics(critic, target)
+
+
+@pytest.mark.parametrize("read", [stacked_gradients, stacked_features, CovariancePenalty(1.0)])
+def test_networks_that_are_not_in_a_record_are_refused(read: Callable[..., Tensor], batch: Transitions) -> None:
+    with pytest.raises(ValueError, match="critics: expected a Critics record, got Linear"):
+        read(nn.Linear(5, 1), batch)
+
+
+@pytest.mark.parametrize("read", [stacked_gradients, stacked_features])
+def test_no_transitions_are_said_to_be_none(
+    read: Callable[..., Tensor], batch: Transitions, pair: tuple[nn.Module, nn.Module]
+) -> None:
+    with pytest.raises(ValueError, match="batch: expected at least one transition, got none"):
+        read(Critics(*pair), batch[:0])
 
 
 CONTINUOUS = "expected [B], [B, 1], [n, B] or [n, B, 1] with B = 12 for continuous actions, got "

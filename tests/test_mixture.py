@@ -709,6 +709,17 @@ def test_faiss_lowers_k_to_the_distinct_rows_too() -> None:
     assert sorted(result.means[:, 0].tolist()) == pytest.approx([0, 1])
 
 
+@pytest.mark.parametrize("start", ["k-means++", "faiss"])
+def test_rows_that_the_start_does_not_draw_count_as_distinct(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(c4buffer.mixture, "START_ROWS", 50)
+    X = torch.zeros(2000, 2)
+    X[777], X[1999] = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    result = GaussianMixture(3, start=start).fit(X)
+    assert sorted(result.means.round(decimals=3).tolist()) == [[0, 0], [0, 1], [1, 0]]
+    with pytest.warns(UserWarning, match="n_components: 4 components for 3 distinct rows; the mixture has 3."):
+        GaussianMixture(4, start=start).fit(X)
+
+
 def test_only_the_start_by_faiss_needs_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
     X, labels = corners(60)

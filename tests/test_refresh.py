@@ -358,6 +358,19 @@ def test_a_ring_whose_rows_are_all_new_is_due_at_once_and_drift_goes_on_from_the
     assert refreshed_at(buffer, 10) == [4]  # batch 25
 
 
+def test_rows_of_another_kind_in_the_places_of_the_probe_are_drift(
+    make_transitions: Callable[..., Transitions], make_critic: Callable[..., nn.Module]
+) -> None:
+    buffer, _ = drifting(make_transitions, make_critic, refresh=OnDrift(1.0, check_every=1, probe_size=64))
+    assert refreshed_at(buffer, 5) == [0]
+    like = make_transitions(150, seed=3)
+    buffer.extend(like)
+    assert refreshed_at(buffer, 5) == []
+    assert isinstance(like.observations, Tensor)
+    buffer.extend(like.replace(actions=4 * like.actions, observations=4 * like.observations))
+    assert refreshed_at(buffer, 5) == [0]
+
+
 def test_saved_right_after_a_refresh_it_takes_the_new_reference_when_it_is_loaded() -> None:
     buffer, policy = FakeBuffer(), OnDrift(1.0, check_every=10)
     asked(policy, buffer, range(5))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import c4buffer.memory
 import c4buffer.stacking
-from c4buffer import Critics, Transitions, stacked_features, stacked_gradients
+from c4buffer import CovariancePenalty, Critics, Transitions, stacked_features, stacked_gradients
 from c4buffer.stacking import rows_for
 
 
@@ -272,6 +272,34 @@ def test_features_of_a_critic_of_discrete_actions_may_be_of_the_observations_alo
     )
     for critic in (Alone(3, 2), Both(3, 2)):
         assert torch.equal(stacked_features(Critics(critic, critic), batch), torch.cat([2 * rows + 2, 2 * rows], dim=1))
+
+
+def test_features_of_bytes_of_an_image_are_those_of_its_numbers() -> None:
+    class Convolved(Pixels):
+        def features(self, observations: Tensor, actions: Tensor) -> Tensor:
+            hidden = torch.relu(self.convolution(observations / 255)).flatten(1)
+            return torch.cat([hidden, actions], dim=1)
+
+        def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
+            value: Tensor = self.last(self.features(observations, actions))
+            return value
+
+    critics, batch = Critics(Convolved(), Convolved()), pixels(20)
+    assert isinstance(batch.observations, Tensor)
+    assert isinstance(batch.next_observations, Tensor)
+    numbers = batch.replace(observations=batch.observations.float(), next_observations=batch.next_observations.float())
+    assert torch.equal(stacked_features(critics, batch), stacked_features(critics, numbers))
+    penalty = CovariancePenalty(1.0, kind="feature")
+    assert torch.equal(penalty(critics, batch), penalty(critics, numbers))
+
+    taken: list[torch.dtype] = []
+
+    def own(critic: nn.Module, observations: Tensor, actions: Tensor) -> Tensor:
+        taken.append(observations.dtype)
+        return actions
+
+    stacked_features(Critics(Convolved(), Convolved(), features=own), batch)
+    assert set(taken) == {torch.float32}
 
 
 def test_features_need_no_critic_that_can_be_differentiated(make_transitions: Callable[..., Transitions]) -> None:

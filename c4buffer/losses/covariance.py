@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_choice, check_number, fail, shape_of
-from ..critics import Critics, member_features
+from ..critics import Critics, check_critics, member_features
 from ..gradients import paired_gradients
 from ..memory import floats_at_once
 from ..partition import check_responsibilities
@@ -76,6 +76,7 @@ def decompose_cross_covariance(
     """
     _check_pair(target_gradients, gradients)
     check_responsibilities(responsibilities, len(gradients))
+    responsibilities = responsibilities.to(gradients)
     rows = len(gradients)
     mass = responsibilities.sum(dim=0)  # [K], N p_z
     divisor = mass.clamp(min=torch.finfo(mass.dtype).tiny).unsqueeze(1)
@@ -161,6 +162,7 @@ class CovariancePenalty:
         Raises:
             ValueError: for critics of the wrong form (see `Critics`), and for gradients of fewer than two transitions.
         """
+        check_critics(critics)
         if values is not None and self.kind == "feature":
             fail("values", "None for kind='feature', which does not use them", "values")
         if torch.compiler.is_compiling():

@@ -95,7 +95,7 @@ def _held_out_likelihoods(
     """log pi(a | s) of the rows that were held out, by the policy at its best moment, float64."""
     device = transitions.actions.device
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(transitions), generator=generator)
+    order = torch.randperm(len(transitions), generator=generator, device="cpu")
     judged = max(1, min(len(order) - 1, round(held_out * len(order))))
     unseen, seen = transitions[order[:judged].to(device)], order[judged:]
     graphics = [device] if device.type == "cuda" else []
@@ -116,7 +116,8 @@ def _held_out_likelihoods(
                     best = found
             if update == updates:
                 break
-            rows = transitions[seen[torch.randint(len(seen), (batch_size,), generator=generator)].to(device)]
+            drawn = torch.randint(len(seen), (batch_size,), generator=generator, device="cpu")
+            rows = transitions[seen[drawn].to(device)]
             optimizer.zero_grad()
             (-policy.log_prob(rows.observations, rows.actions).mean()).backward()
             optimizer.step()

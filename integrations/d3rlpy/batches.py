@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -175,7 +176,7 @@ class Batches:
         known = [name for name in inspect.signature(ClusteredReplayBuffer).parameters if name not in OWN_OPTIONS]
         if not set(given) <= set(known):
             fail("c4_buffer_options", f"options among {', '.join(known)} (others are C4Config's)", ", ".join(given))
-        return {
+        options = {
             "embedding": config.embedding,
             "refresh": None if config.refresh_interval is None else Every(config.refresh_interval),
             "clusterer": self._algo.c4_clusterer,
@@ -184,6 +185,9 @@ class Batches:
             "growing": self._capacity is not None,  # of the million that fit_online asks for, few may ever come
             **given,
         }
+        if self._seed_offset:  # policies and clusterers remember, and what they remember is of one buffer
+            options.update({name: _another(options[name]) for name in ("clusterer", "refresh")})
+        return options
 
     @property
     def critics(self) -> Critics:
@@ -248,6 +252,12 @@ class _Scaled(torch.nn.Module):
 
 def _kind(frames: int) -> type[ClusteredReplayBuffer]:
     return FrameBuffer if frames > 0 else ClusteredReplayBuffer
+
+
+def _another(remembering: Any) -> Any:
+    """One like it with a memory of its own; its ranks talk through the same process group."""
+    group = getattr(getattr(remembering, "clusterer", remembering), "process_group", None)
+    return copy.deepcopy(remembering, {id(group): group})
 
 
 def _seed_of_fit(seed: int, algo: Any) -> int:

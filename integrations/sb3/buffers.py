@@ -33,7 +33,7 @@ class _Clustered(ReplayBuffer):
         embedding: what is clustered, "gradients" or "features".
         refresh_interval: batches between clusterings. None: max(1000, N // 10).
         assignment: "soft" or "hard".
-        replacement: within a cluster.
+        replacement: within a cluster. Without it, batches are the host's own until there are rows for one.
         c4_seed: of the buffer's own generator. None: the model's seed, or torch's initial one.
     """
 
@@ -140,7 +140,7 @@ class _Clustered(ReplayBuffer):
         overwrites, first = self.full, self.pos * self.n_envs
         super().add(*arguments, **options)
         if self._sampler is not None and overwrites:
-            self._sampler.overwrite(torch.arange(first, first + self.n_envs))
+            self._sampler.overwrite(torch.arange(first, first + self.n_envs, device="cpu"))
         elif self._sampler is not None:
             self._sampler.extend(self.n_envs)
 
@@ -149,10 +149,12 @@ class _Clustered(ReplayBuffer):
         if self._sampler is None:
             self._warn_once()
             return super().sample(batch_size, env=env)
-        if self.n_clusters == 1:
+        rows = self._stored_rows()
+        too_few = not self.replacement and batch_size > rows
+        if self.n_clusters == 1 or too_few:
+            self.cluster = -1
             self._batch = super().sample(batch_size, env=env)
             return self._batch
-        rows = self._stored_rows()
         if self._sampler.size != rows:  # filled by other means than `add`
             self.forget_clusters()
         if not self._sampler.clustered or self._since_refresh >= (self.refresh_interval or max(1000, rows // 10)):
@@ -218,8 +220,8 @@ class _Clustered(ReplayBuffer):
             return None
         weights = self._sampler.responsibilities[torch.from_numpy(rows), self.cluster].double()
         if float(weights.sum()) == 0:
-            weights = torch.ones(len(rows), dtype=torch.float64)
-        uniforms = torch.rand(int((~valid).sum()), dtype=torch.float64, generator=self._generator)
+            weights = torch.ones(len(rows), dtype=torch.float64, device="cpu")
+        uniforms = torch.rand(int((~valid).sum()), dtype=torch.float64, generator=self._generator, device="cpu")
         ends = weights.cumsum(dim=0)
         places = torch.searchsorted(ends, uniforms * ends[-1], right=True).clamp(max=len(rows) - 1)
         chosen = chosen.copy()

@@ -109,6 +109,13 @@ def detach(model: Any) -> None:
         model.__class__ = type(model).__bases__[1]
 
 
+def end_of_learn(model: Any) -> None:
+    """What was attached for a `learn` is taken off, whatever ended it; what a `with` has attached stays."""
+    attachment = ATTACHED.get(model)
+    if attachment is None or attachment.for_learn:
+        detach(model)
+
+
 class _Watched(OffPolicyAlgorithm):
     """Takes everything off when an exception leaves the model's own code: then no callback hears of an end.
 
@@ -117,9 +124,7 @@ class _Watched(OffPolicyAlgorithm):
 
     def _setup_learn(self, *arguments: Any, **options: Any) -> Any:
         set_up = super()._setup_learn
-        attachment = ATTACHED.get(self)
-        if attachment is not None and attachment.for_learn:
-            detach(self)
+        end_of_learn(self)
         return set_up(*arguments, **options)
 
     def collect_rollouts(self, *arguments: Any, **options: Any) -> RolloutReturn:

@@ -12,6 +12,7 @@ from stable_baselines3.common.type_aliases import RolloutReturn
 from c4buffer import Transitions
 from c4buffer._checks import check_integer, fail
 
+from .callback import end_of_learn
 from .conversion import fill_replay_buffer
 
 LOGGED_EVERY = 1000  # timesteps; the host logs at the ends of episodes, of which there are none
@@ -60,6 +61,7 @@ def learn_offline(
         return model.learn(total_timesteps, callback=callback, progress_bar=progress_bar)
     finally:
         model.__class__ = online
+        end_of_learn(model)
         if updating:
             normalizing.training = True
 

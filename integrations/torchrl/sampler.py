@@ -19,7 +19,9 @@ from c4buffer import Clusterer, Critics, OnDrift, RefreshPolicy, RefreshReport
 from c4buffer._checks import fail
 from c4buffer.checkpoint import load, save
 from c4buffer.clustered_rows import ClusteredRows
+from c4buffer.critics import check_critics
 from c4buffer.embedding import Embedding
+from c4buffer.inference import outside_inference_mode
 
 from .rows import DEFAULT_KEYS, Keys, coordinates, stored
 
@@ -105,12 +107,12 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
             critics: as `critics_of(loss)` gives them.
             transform: what the buffer does to its batches before the critics see them, `buffer.transform`.
         """
-        if not isinstance(critics, Critics):
-            fail("critics", "a Critics record", type(critics).__name__)
+        check_critics(critics)
         if transform is not None and not callable(transform):
             fail("transform", "a callable or None", repr(transform))
         self._critics, self._transform, self._thread = critics, transform, threading.get_ident()
 
+    @outside_inference_mode
     def sample(self, storage: Storage, batch_size: int) -> tuple[Any, dict[str, Any]]:
         """Row indices [batch_size] as the storage takes them, and {"cluster": int64 [batch_size]}."""
         with self._lock:
@@ -135,28 +137,29 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
                 stacklevel=2,
             )
 
+    @outside_inference_mode
     def refresh(self, critics: Critics | None = None) -> RefreshReport:
         """Cluster all stored rows, by the critics given or by those attached; batches of a buffer must have begun.
 
         Raises:
             ValueError: without critics, before the first batch, and for critics of the wrong form.
         """
-        critics = self._critics if critics is None else critics
-        if not isinstance(critics, Critics):
-            got = "None" if critics is None else type(critics).__name__
-            fail("critics", "a Critics record, given or attached", got)
+        critics = check_critics(self._critics if critics is None else critics, "a Critics record, given or attached")
         with self._lock:
             storage = self._followed()
             self._follow(storage)
             report = self._rows.refresh(
                 critics,
-                lambda start, stop: stored(storage, torch.arange(start, stop), self.keys, self._transform),
+                lambda start, stop: stored(
+                    storage, torch.arange(start, stop, device="cpu"), self.keys, self._transform
+                ),
                 device=_device_of(critics),
             )
             if self._critics is not None:
                 self._rows.note(self)
             return report
 
+    @outside_inference_mode
     def log_likelihood_of(self, rows: Tensor) -> float:
         """Mean over rows [M], int64, of how likely the last mixture finds them by now, in nats; for `OnDrift`."""
         if self._critics is None:
@@ -206,7 +209,7 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
             self._storage = storage
         one_axis = storage is None or storage.ndim == 1
         if isinstance(index, slice) and one_axis:
-            index = torch.arange(len(self))[index]
+            index = torch.arange(len(self), device="cpu")[index]
         axes = index.ndim if isinstance(index, (np.ndarray, Tensor)) else 1
         if isinstance(index, (int, list, np.ndarray, Tensor)) and (one_axis or axes == 2):
             self._written(index)
@@ -215,8 +218,9 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
 
     def state_dict(self) -> dict[str, Any]:
         """All that the batches to come depend on but the critics: clusters, generator, counters."""
-        return copy.deepcopy({"options": self._options(), **self._rows.state()})
+        return copy.deepcopy({"options": self._options(), **self._rows.state(self)})
 
+    @outside_inference_mode
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the sampler that gave it was, with a storage that holds what its storage held.
 
@@ -272,7 +276,7 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
 
     def _empty(self) -> None:
         """Nothing is held any more."""
-        self._rows.clear()
+        self._rows.clear(self)
         self._warned = False
 
     def _follow(self, storage: Storage) -> None:
@@ -288,11 +292,12 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
             fail("storage", "a batch sampled by its buffer before", "none yet")
         return self._storage
 
+    @outside_inference_mode
     def _written(self, index: Any) -> None:
         """Rows that were overwritten lose their cluster; those that came are counted with the next batch."""
         if not len(self) or index is None:  # a writer that keeps the best rows gives None for another
             return
-        rows = torch.as_tensor(index).cpu()
+        rows = torch.as_tensor(index, device="cpu")
         if rows.ndim == 2:  # coordinates
             if self._storage is None:  # loaded, and not yet asked for a batch: nobody can tell which rows these are
                 self._empty()

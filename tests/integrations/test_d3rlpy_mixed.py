@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -12,7 +13,7 @@ from c4buffer.integrations.d3rlpy import C4Config
 from d3rlpy.algos import CalQLConfig, SACConfig, TD3PlusBCConfig
 from d3rlpy.dataset import MixedReplayBuffer, MultiStepTransitionPicker, create_fifo_replay_buffer
 
-from c4buffer import Transitions
+from c4buffer import ClusteredReplayBuffer, MixtureClusterer, OnDrift, Transitions
 
 from .test_d3rlpy import QUIET, batches_given, built, dataset_of, drawn, episodes, row_key, small, transitions_of_rows
 
@@ -52,6 +53,24 @@ def test_shares_are_the_hosts_and_come_from_one_cluster_each(ratio: float, drawn
             everything = transitions_of_rows(rows)
             for batch in batches:
                 assert torch.equal(batch.observations, everything.observations[batch.indices])
+
+
+def test_policies_and_clusterers_remember_each_buffer_apart(tmp_path: Path) -> None:
+    primary, secondary = dataset_of(episodes(6)), dataset_of(episodes(12, seed=1))
+    algo = built(C4Config(base=small(TD3PlusBCConfig), n_clusters=2, seed=0), primary)
+    policy, clusterer = OnDrift(1.0, check_every=1, probe_size=1000), MixtureClusterer(2)
+    algo.c4_buffer_options, algo.c4_clusterer = {"refresh": policy}, clusterer
+    algo.fit(MixedReplayBuffer(primary, secondary, secondary_mix_ratio=0.5), n_steps=3, n_steps_per_epoch=3, **QUIET)
+    one, other = algo.c4_buffer, algo.c4_secondary_buffer
+    assert policy.serves(one)
+    assert len(policy.state_dict()["probe"]) == len(one) < len(other)
+    assert len(other.state_dict()["policy"]["probe"]) == len(other)
+    assert one.mixture is clusterer.mixture is not other.mixture
+    for buffer in (one, other):
+        assert buffer.mixture.log_likelihood == buffer.last_report.log_likelihood
+        buffer.save(tmp_path / "buffer")
+        loaded = ClusteredReplayBuffer.load(tmp_path / "buffer", clusterer=MixtureClusterer(2))
+        assert loaded.last_report == buffer.last_report
 
 
 def test_offline_data_and_an_environments_are_mixed_online(drawn: list[Transitions]) -> None:

@@ -281,6 +281,18 @@ def test_nothing_is_left_behind() -> None:
             return True
 
     with pytest.raises(KeyboardInterrupt):
+        learn_offline(model, transitions_of(model), 5, callback=[C4Callback(penalty), Refuse()])
+    assert type(model) is SAC
+    assert "zero_grad" not in vars(optimizer)
+    assert model.replay_buffer._sampler is None
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(40, callback=[C4Callback(penalty), Refuse()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        learn_offline(model, transitions_of(model), 3)  # without C4
+    assert type(model) is SAC
+    assert model.replay_buffer._sampler is None
+    with pytest.raises(KeyboardInterrupt):
         model.learn(40, callback=[C4Callback(penalty), Refuse()])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # uniform until the buffer knows the critics
@@ -504,6 +516,18 @@ def test_too_few_rows_are_not_clustered_yet() -> None:
     loaded = clustered(SAC, learning_starts=2)
     loaded.learn(8, callback=C4Callback(CovariancePenalty(0.1, scale="relative")))
     assert loaded.replay_buffer.c4_metrics["cross_covariance"] >= 0
+
+
+def test_without_replacement_batches_are_the_hosts_until_there_are_rows_for_one() -> None:
+    model = clustered(SAC, buffer={"n_clusters": 2, "replacement": False})
+    buffer, generator, drawn = model.replay_buffer, np.random.default_rng(0), []
+    with attached(model):
+        for rows in (10, 16, 30):
+            while buffer.size() < rows:
+                row = [generator.normal(size=(1, size)).astype(np.float32) for size in (3, 3, 2)]
+                buffer.add(*row, np.zeros(1), np.zeros(1), [{}])
+            drawn.append((len(buffer.sample(16).rewards), buffer.cluster >= 0))
+    assert drawn == [(16, False), (16, True), (16, True)]
 
 
 def test_each_binding_goes_on_with_the_random_numbers_of_the_last() -> None:

@@ -320,16 +320,46 @@ def test_overwritten_rows_of_several_axes(critics: Critics) -> None:
     torch.testing.assert_close(r[12:], known[12:])
 
 
-def test_an_emptied_buffer_begins_anew(critics: Critics) -> None:
-    sampler = ClusterSampler(2, seed=0)
+@pytest.mark.parametrize("refresh", [None, OnDrift(1.0, check_every=1)])
+def test_an_emptied_buffer_begins_anew(refresh: Any, critics: Critics) -> None:
+    sampler = ClusterSampler(2, refresh=refresh, seed=0)
     buffer = filled(sampler)
     sampler.attach(critics)
     buffer.sample()
     buffer.empty()
     assert not sampler.clustered
+    ClusterSampler(2, refresh=refresh, seed=1).load_state_dict(sampler.state_dict())
     buffer.extend(steps(50, seed=1))
     assert buffer.sample()["cluster"].min() >= 0
     assert len(sampler) == 50
+
+
+@pytest.mark.parametrize("refresh", [None, OnDrift(1.0, check_every=1)])
+def test_a_smaller_storage_is_a_new_beginning(refresh: Any, critics: Critics) -> None:
+    sampler = ClusterSampler(2, refresh=refresh, seed=0)
+    sampler.attach(critics)
+    for rows in (200, 50):
+        buffer = filled(sampler, rows=rows)
+        for _ in range(3):
+            assert buffer.sample()["cluster"].min() >= 0
+        assert len(sampler) == rows
+
+
+@pytest.mark.parametrize("replacement", [True, False])
+def test_acting_loops_under_inference_mode_leave_it_usable(replacement: bool, critics: Critics) -> None:
+    sampler = ClusterSampler(2, replacement=replacement, seed=0)
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(100), sampler=sampler, batch_size=8)
+    buffer.extend(steps(60))
+    sampler.attach(critics)
+    with torch.inference_mode():
+        assert buffer.sample()["cluster"].min() >= 0  # clustered here
+        buffer.extend(steps(20, seed=1))
+        buffer.sample()
+        state = sampler.state_dict()
+        sampler.load_state_dict(state)
+    buffer.extend(steps(60, seed=2))
+    assert buffer.sample()["cluster"].min() >= 0
+    assert not sampler.responsibilities.is_inference()
 
 
 def test_data_that_were_there_before_the_sampler(critics: Critics) -> None:
