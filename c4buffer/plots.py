@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec
 
@@ -55,7 +56,7 @@ def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 @_styled
 def training_curves(runs: Mapping[str, History], *, largest_return: float | None = None) -> Figure:
-    """Mean Q, TD loss (both on a log scale) and normalised score of several runs over their updates.
+    """Mean Q, TD loss (both on a log scale, a Q that is not positive on a symmetric one) and normalised score of runs.
 
     Args:
         runs: by name: `updates`, `mean_q`, `td_loss` [T], and `evaluated`, `scores` [S].
@@ -68,9 +69,12 @@ def training_curves(runs: Mapping[str, History], *, largest_return: float | None
         score_axes.plot(run["evaluated"], run["scores"], color=colour, label=name, marker="o", markersize=4)
     if largest_return is not None:
         q_axes.axhline(largest_return, color="#111827", linestyle=":", label="largest return in the data")
-    q_axes.set(title="Mean Q on the data", yscale="log")
+    positive = all(q > 0 for run in runs.values() for q in run["mean_q"] if math.isfinite(q))
+    q_axes.set(title="Mean Q on the data", yscale="log" if positive else "symlog")
     loss_axes.set(title="TD loss on the data", yscale="log")
-    score_axes.set(title="Normalised score", ylim=(0, None))
+    score_axes.set(title="Normalised score")
+    if all(score >= 0 for run in runs.values() for score in run["scores"]):
+        score_axes.set_ylim(bottom=0)
     _label_updates(q_axes, loss_axes, score_axes)
     q_axes.legend(loc="lower right")
     return figure

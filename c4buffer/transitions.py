@@ -263,8 +263,11 @@ def as_tensor(argument: str, value: Any) -> Tensor:
     if isinstance(value, Tensor):
         tensor = value
     else:
-        if isinstance(value, np.ndarray) and (not value.flags.writeable or min(value.strides, default=0) < 0):
-            value = value.copy()  # torch shares neither
+        if isinstance(value, np.ndarray):
+            if not value.dtype.isnative:
+                value = value.astype(value.dtype.newbyteorder("="))
+            if not value.flags.writeable or min(value.strides, default=0) < 0:
+                value = value.copy()  # torch shares neither
         try:
             tensor = torch.as_tensor(value)
         except (RuntimeError, TypeError, ValueError) as error:

@@ -85,6 +85,28 @@ def test_a_missing_field_is_named(tmp_path: Path, name: str) -> None:
         load_d4rl(written(tmp_path, fields))
 
 
+def test_arrays_in_the_other_byte_order_are_read(tmp_path: Path) -> None:
+    fields = {name: values.astype(values.dtype.newbyteorder(">")) for name, values in columns().items()}
+    loaded, expected = load_d4rl(written(tmp_path, fields)), load_d4rl(written(tmp_path, columns()))
+    for (name, one), (_, other) in zip(loaded.columns(), expected.columns(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_a_file_in_which_no_row_is_followed_by_one_is_refused(tmp_path: Path) -> None:
+    fields = {**columns(), "terminals": np.zeros(7, bool), "timeouts": np.ones(7, bool)}
+    del fields["next_observations"]
+    with pytest.raises(ValueError, match=r"hdf5: next_observations: expected them, or a row that is followed by one"):
+        load_d4rl(written(tmp_path, fields))
+
+
+def test_a_group_in_the_place_of_an_array_is_named(tmp_path: Path) -> None:
+    path = written(tmp_path, {name: values for name, values in columns().items() if name != "observations"})
+    with h5py.File(path, "a") as file:
+        file.create_group("observations").create_dataset("image", data=np.zeros(7))
+    with pytest.raises(ValueError, match=r"hdf5: observations: expected an array \[N, ...\], got a group of image$"):
+        load_d4rl(path)
+
+
 def test_a_field_of_the_wrong_length_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^rewards: expected 7 rows, as many as observations, got 5$"):
         load_d4rl(written(tmp_path, columns() | {"rewards": np.zeros(5, dtype=np.float32)}))

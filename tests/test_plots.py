@@ -32,6 +32,15 @@ def test_training_curves_draws_every_run_in_every_panel_and_the_largest_return()
     assert list(q_axes.lines[0].get_ydata()) == RUN["mean_q"]
 
 
+def test_negative_values_and_scores_are_inside_their_panels() -> None:
+    run = {**RUN, "mean_q": [-30.0, -10.0], "evaluated": [1000, 2000], "scores": [-5.0, -1.0]}
+    q_axes, _, score_axes = plots.training_curves({"plain": RUN, "C4": run}).axes
+    for axes, values in ((q_axes, run["mean_q"]), (score_axes, run["scores"])):
+        bottom, top = axes.get_ylim()
+        assert bottom < min(values)
+        assert max(values) < top
+
+
 def test_cross_covariance_split_draws_total_within_and_between_on_one_scale() -> None:
     figure = plots.cross_covariance_split({"plain": RUN, "C4": {**RUN, "total": [10.0, 20.0]}})
     plain, c4, correlation = figure.axes

@@ -12,17 +12,19 @@ from ..transitions import Transitions
 from .arrays import as_network_input
 
 REQUIRED = ("observations", "actions", "rewards", "terminals")
+OPTIONAL = ("timeouts", "next_observations")
 
 
 def load_d4rl(path: str | Path) -> Transitions:
     """Read a file in D4RL's layout (needs h5py: `pip install c4buffer[data]`).
 
     observations [N, *O], actions [N, A], rewards [N], terminals [N]; timeouts [N] and next_observations [N, *O] may be
-    missing. Without next_observations, s' is the next row's observation, and the last row of an episode that did not
-    end in a terminal is left out, as it has none; the row before it is the timeout then.
+    missing. Without timeouts only terminals end an episode: what lies on either side of another cut is taken for
+    consecutive. Without next_observations, s' is the next row's observation, and the last row of an episode that did
+    not end in a terminal is left out, as it has none; the row before it is the timeout then.
 
     Raises:
-        ValueError: if a field is missing; names it.
+        ValueError: if a field is missing or no array, or no row has a next observation; names it.
     """
     import h5py
 
@@ -30,9 +32,12 @@ def load_d4rl(path: str | Path) -> Transitions:
         missing = [name for name in REQUIRED if name not in file]
         if missing:
             fail(str(path), f"the fields {', '.join(REQUIRED)}", f"a file without {', '.join(missing)}")
+        groups = [name for name in (*REQUIRED, *OPTIONAL) if isinstance(file.get(name), h5py.Group)]
+        if groups:
+            fail(f"{path}: {groups[0]}", "an array [N, ...]", f"a group of {', '.join(file[groups[0]]) or 'nothing'}")
         fields: dict[str, Any] = {
             name: as_network_input(name, file[name][:])
-            for name in (*REQUIRED, "timeouts", "next_observations")
+            for name in (*REQUIRED, *OPTIONAL)
             if name in file
         }
     if "next_observations" in fields:
@@ -41,6 +46,8 @@ def load_d4rl(path: str | Path) -> Transitions:
     fields["next_observations"] = torch.cat([observations[1:], observations[-1:]])
     whole = Transitions(**fields)  # links next actions over whole episodes
     cut = (whole.timeouts == 1) & (whole.terminals == 0)
+    if bool(cut.all()):
+        fail(f"{path}: next_observations", "them, or a row that is followed by one of its episode", "neither")
     # The row before one that is left out ends its episode now, unless it belongs to the episode before.
     before = torch.cat([cut[1:], cut[:1] & False]) & (whole.terminals + whole.timeouts == 0)
     timeouts = torch.where(before, torch.ones_like(whole.timeouts), whole.timeouts)
