@@ -36,9 +36,7 @@ def load_d4rl(path: str | Path) -> Transitions:
         if groups:
             fail(f"{path}: {groups[0]}", "an array [N, ...]", f"a group of {', '.join(file[groups[0]]) or 'nothing'}")
         fields: dict[str, Any] = {
-            name: as_network_input(name, file[name][:])
-            for name in (*REQUIRED, *OPTIONAL)
-            if name in file
+            name: as_network_input(name, file[name][:]) for name in (*REQUIRED, *OPTIONAL) if name in file
         }
     if "next_observations" in fields:
         return Transitions(**fields)
