@@ -80,8 +80,9 @@ def test_a_target_out_of_reach_is_warned_of_once() -> None:
     expected = (
         r"beta has been at its maximum, 2, for 1,000 steps; the mean log-likelihood is -3 and the target 5: lower"
     )
-    with pytest.warns(UserWarning, match=expected):
+    with pytest.warns(UserWarning, match=expected) as warned:
         controller.step(torch.tensor([-3.0]))
+    assert warned[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(2000):

@@ -151,6 +151,7 @@ def test_the_policy_loss_by_hand_and_where_its_gradients_stop() -> None:
     log_prob = torch.tensor([-1.0, -2.0], requires_grad=True)
     weights = torch.tensor([2.0, 0.5], requires_grad=True)
     beta = torch.tensor(0.5, requires_grad=True)
+    assert cloning_policy_loss(q, log_prob, weights, beta.reshape(1)).shape == ()
     loss = cloning_policy_loss(q, log_prob, weights, beta)
     assert loss.item() == pytest.approx(-2 - 0.5 * (-2 - 1) / 2)
     loss.backward()
@@ -296,6 +297,7 @@ def test_a_compiled_ensemble_is_the_same() -> None:
             lambda: cloning_policy_loss(torch.zeros(3), torch.zeros(3, 1), torch.zeros(3), 1.0),
             r"q, log_prob and weights: expected one shape \[B\], got \[3\], \[3, 1\], \[3\]",
         ),
+        (lambda: cloning_policy_loss(*torch.zeros(3, 4), torch.ones(4)), r"beta: expected one number, got \[4\]"),
     ],
 )
 def test_wrong_input_is_refused(call: Any, message: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_fraction, check_integer, check_number, fail, shape_of
+from .._checks import check_choice, check_fraction, check_integer, check_number, fail, is_finite_number, shape_of
 from ..inference import outside_inference_mode
 from ..transitions import Transitions
 
@@ -69,14 +69,15 @@ def estimate_log_likelihood_target(
     for name, count in (("updates", updates), ("batch_size", batch_size)):
         check_integer(name, count, minimum=1)
     check_number("learning_rate", learning_rate, minimum=0, exclusive=True)
-    low, high = action_bounds
-    if not -math.inf < low < high < math.inf:
+    seed = check_integer("seed", seed, minimum=0)
+    pair = isinstance(action_bounds, (tuple, list)) and len(action_bounds) == 2
+    if not pair or not all(map(is_finite_number, action_bounds)) or not action_bounds[0] < action_bounds[1]:
         fail("action_bounds", "(low, high), finite, with low below high", repr(action_bounds))
     if not transitions.actions.is_floating_point():
         fail("transitions", "continuous actions, which have a density", "discrete ones")
     if len(transitions) < 2:
         fail("transitions", "at least two, one to fit and one to judge by", len(transitions))
-    uniform = -transitions.actions.shape[1] * math.log(high - low)
+    uniform = -transitions.actions.shape[1] * math.log(action_bounds[1] - action_bounds[0])
     likelihoods = _held_out_likelihoods(transitions, make_policy, held_out, updates, batch_size, learning_rate, seed)
     if method == "quantile":
         return float(torch.quantile(likelihoods, 0.5 if quantile is None else quantile))
@@ -137,6 +138,6 @@ def _judged(policy: Any, transitions: Transitions) -> Tensor:
                 got = shape_of(log_prob) if isinstance(log_prob, Tensor) else type(log_prob).__name__
                 expected = f"a policy whose log_prob is [B], B = {len(part)}, summed over action dimensions"
                 fail("make_policy", expected, got)
-            found.append(log_prob.double().cpu())
+            found.append(log_prob.cpu().double())
     policy.train()
     return torch.cat(found)

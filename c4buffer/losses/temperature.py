@@ -120,5 +120,5 @@ class TemperatureController(nn.Module):
                 f"beta has been at its maximum, {self.maximum:g}, for {PATIENCE:,} steps; the mean log-likelihood is "
                 f"{float(mean):.3g} and the target {self.target:.3g}: lower the target, which may be out of the "
                 "policy's reach, or raise the maximum",
-                stacklevel=3,
+                stacklevel=4,  # the caller of `step`, past torch's no_grad
             )

@@ -90,15 +90,18 @@ def cloning_policy_loss(q: Tensor, log_prob: Tensor, weights: Tensor, beta: Tens
         q: at the policy's actions, with a graph to the policy, [B].
         log_prob: log pi(a | s) of the data's actions, summed over action dimensions, [B].
         weights: w, [B], as `VEnsembleAdvantage.weights` gives them; detached here.
-        beta: the cloning temperature; detached here.
+        beta: the cloning temperature, a number; detached here.
 
     Raises:
-        ValueError: for anything but three vectors of one length.
+        ValueError: for anything but three vectors of one length and one number.
     """
     if q.ndim != 1 or not q.shape == log_prob.shape == weights.shape:
         shapes = ", ".join(map(shape_of, (q, log_prob, weights)))
         fail("q, log_prob and weights", "one shape [B]", shapes)
-    beta = beta.detach() if isinstance(beta, Tensor) else beta
+    if isinstance(beta, Tensor):
+        if beta.numel() != 1:
+            fail("beta", "one number", shape_of(beta))
+        beta = beta.detach().reshape(())
     return -q.mean() - beta * (weights.detach() * log_prob).mean()
 
 

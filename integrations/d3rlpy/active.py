@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -95,26 +96,26 @@ class ACTIVE(QLearningAlgoBase["ACTIVEImpl", ACTIVEConfig]):
     def fitter(self, dataset: Any, *arguments: Any, **options: Any) -> Iterator[tuple[int, dict[str, float]]]:
         """d3rlpy's `fitter`, with batches from the dataset's columns; before the first, H_D is estimated if need be.
 
-        A MixedReplayBuffer's, those of a class with a sampling of its own, and C4's, are taken as they come.
+        They are read anew when rows have been appended. A MixedReplayBuffer's batches, those of a dataset with a
+        sampling, or a transition picker, of its own, and C4's, are taken as they come.
 
         Raises:
             ValueError: for discrete actions.
         """
         _check_continuous(dataset)
         view = copy.copy(dataset)
-        drawn_elsewhere = (
-            isinstance(dataset, MixedReplayBuffer)
-            or type(dataset).sample_transition_batch is not ReplayBuffer.sample_transition_batch
-            or "sample_transition_batch" in vars(dataset)
-        )
+        drawn_elsewhere = not _draws_as_the_host(dataset)
         batches: Any = None
+        newest: Any = None
 
         def sample(batch_size: int) -> Any:
-            nonlocal batches
+            nonlocal batches, newest
             self._know_target(dataset)
             if drawn_elsewhere:
                 return dataset.sample_transition_batch(batch_size)
-            batches = batches or UniformBatches(dataset, self)
+            last = (dataset.transition_count, *dataset.buffer[dataset.transition_count - 1])
+            if batches is None or newest != last:
+                batches, newest = UniformBatches(dataset, self), last
             return batches.sample(batch_size)
 
         view.sample_transition_batch = sample
@@ -127,8 +128,6 @@ class ACTIVE(QLearningAlgoBase["ACTIVEImpl", ACTIVEConfig]):
         Raises:
             ValueError: where H_D is still to be estimated, as a fit does with its data; nothing is changed then.
         """
-        if self._impl is not None and self._waits_for_target:
-            fail("likelihood_target", "a number, or a fit or estimate_likelihood_target(dataset) before", "'auto'")
         if not isinstance(batch, TorchMiniBatch):
             found: dict[str, float] = super().update(batch)
             return found
@@ -193,11 +192,13 @@ class ACTIVE(QLearningAlgoBase["ACTIVEImpl", ACTIVEConfig]):
         return found
 
     def load_model(self, fname: str) -> None:
-        """d3rlpy's `load_model`; a target that the config names goes before the one in the file."""
+        """d3rlpy's `load_model`; a target and a bound of beta that the config names go before what is in the file."""
         super().load_model(fname)
+        assert self._impl is not None
+        temperature = self._impl.modules.temperature
         if self._config.likelihood_target != "auto":
-            assert self._impl is not None
-            self._impl.modules.temperature.target = self._config.likelihood_target
+            temperature.target = self._config.likelihood_target
+        temperature.beta.data.clamp_(max=temperature.maximum if temperature.maximum is not None else math.inf)
 
     def _know_target(self, dataset: Any) -> None:
         if self._waits_for_target:
@@ -206,8 +207,7 @@ class ACTIVE(QLearningAlgoBase["ACTIVEImpl", ACTIVEConfig]):
     @property
     def _waits_for_target(self) -> bool:
         """Whether H_D is still to be estimated."""
-        target = None if self._impl is None else self._impl.modules.temperature.target
-        return self._config.likelihood_target == "auto" and target is None
+        return self._config.likelihood_target == "auto" and (self._impl is None or self._impl.waits_for_target)
 
     def _new_policy(self, observation_shape: Any, action_size: int, ddp: bool) -> Any:
         return create_normal_policy(
@@ -218,6 +218,16 @@ class ACTIVE(QLearningAlgoBase["ACTIVEImpl", ACTIVEConfig]):
             enable_ddp=ddp,
             **DENSITY,
         )
+
+
+def _draws_as_the_host(dataset: Any) -> bool:
+    """Whether each of its batches is of uniform rows, read by one of d3rlpy's own pickers."""
+    if isinstance(dataset, MixedReplayBuffer):
+        return False
+    for name in ("sample_transition_batch", "sample_transition"):
+        if getattr(type(dataset), name) is not getattr(ReplayBuffer, name) or name in vars(dataset):
+            return False
+    return type(dataset.transition_picker).__module__.split(".")[0] == "d3rlpy"
 
 
 def _check_continuous(dataset: Any) -> None:
@@ -258,14 +268,30 @@ class ACTIVEImpl(DDPGBaseImpl):
         self._modules.targ_q_funcs.requires_grad_(False)  # the policy's loss goes through them, to the action only
         self._config = config
         self._compiled: bool = options["compiled"]
+        self._updating = False
         self._known_q: tuple[Tensor, Tensor] | None = None
         self._advantage = VEnsembleAdvantage(
             quantile=config.quantile, temperature=config.temperature, max_weight=config.max_weight
         )
 
+    @property
+    def waits_for_target(self) -> bool:
+        """Whether H_D is still to be estimated."""
+        return self._config.likelihood_target == "auto" and self._modules.temperature.target is None
+
+    def inner_update(self, batch: TorchMiniBatch, grad_step: int) -> dict[str, float]:
+        """d3rlpy's; Q of the data's actions, which both losses ask for, is computed once."""
+        if self.waits_for_target:
+            fail("likelihood_target", "a number, or a fit or estimate_likelihood_target(dataset) before", "'auto'")
+        self._updating = not self._compiled  # what is captured keeps nothing
+        try:
+            metrics: dict[str, float] = super().inner_update(batch, grad_step)
+            return metrics
+        finally:
+            self._updating, self._known_q = False, None
+
     def compute_target(self, batch: TorchMiniBatch) -> Tensor:
         """min_i V_i(s') (Eq. 4), [B, 1]."""
-        self._known_q = None
         with torch.no_grad():
             v_next = self._modules.value_funcs(batch.next_observations)
             return self._advantage.target(v_next).unsqueeze(1)
@@ -300,11 +326,6 @@ class ACTIVEImpl(DDPGBaseImpl):
         loss = cloning_policy_loss(q, log_prob, weights, self._modules.temperature.beta)
         return ACTIVEActorLoss(actor_loss=loss, log_likelihood=log_prob.detach().mean())
 
-    def update_critic_target(self) -> None:
-        """The moving average, after which Q is another."""
-        super().update_critic_target()
-        self._known_q = None
-
     def update_actor(self, batch: TorchMiniBatch) -> dict[str, float]:
         """A step of the policy, then one of beta, which no captured graph may hold."""
         self._modules.targ_q_funcs.eval()  # as d3rlpy has Q-functions in a policy's loss
@@ -321,12 +342,12 @@ class ACTIVEImpl(DDPGBaseImpl):
         return action
 
     def _q_of_data(self, batch: TorchMiniBatch) -> Tensor:
-        """Q(s, a) of the data; of one update's batch, which the critic's loss and the policy's ask for, once."""
+        """Q(s, a) of the data, [B]."""
         if self._known_q is not None and self._known_q[0] is batch.rewards:
             return self._known_q[1]
         with torch.no_grad():
             q = self._min_target_q(batch.observations, batch.actions)
-        if not self._compiled:  # what is captured keeps nothing
+        if self._updating:
             self._known_q = batch.rewards, q
         return q
 

@@ -275,6 +275,24 @@ def test_a_target_that_the_config_names_survives_loading(tmp_path: Path) -> None
     assert auto.impl.modules.temperature.target == -7.0
 
 
+def test_a_bound_of_beta_that_the_config_names_survives_loading(tmp_path: Path) -> None:
+    dataset = dataset_of(episodes())
+    built(active(initial_beta=5.0), dataset).save_model(str(tmp_path / "five"))
+    algo = built(active(likelihood_target=None, initial_beta=0.5, max_beta=1.0), dataset)
+    algo.load_model(str(tmp_path / "five"))
+    assert algo.impl.modules.temperature.beta.item() == 1
+
+
+def test_losses_follow_networks_that_change_between_two_calls() -> None:
+    dataset = dataset_of(episodes())
+    impl, batch = built(active(), dataset).impl, torch_batch_of(mini_batch(dataset, range(16)))
+    first = impl.compute_critic_loss(batch, torch.zeros(16, 1)).v_loss.item()
+    with torch.no_grad():
+        for parameter in impl.modules.targ_q_funcs.parameters():
+            parameter.mul_(3)
+    assert impl.compute_critic_loss(batch, torch.zeros(16, 1)).v_loss.item() != pytest.approx(first, rel=1e-3)
+
+
 def test_the_target_of_a_mixed_buffer_is_that_of_all_its_rows() -> None:
     primary, secondary = dataset_of(episodes()), dataset_of(episodes(seed=1))
     together = dataset_of([*episodes(), *episodes(seed=1)])
@@ -305,9 +323,10 @@ def test_online_training_needs_a_target() -> None:
         active().create().estimate_likelihood_target(dataset_of(episodes()))
 
 
-def test_an_update_before_h_d_is_known_changes_nothing_and_says_what_to_do() -> None:
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_update_before_h_d_is_known_changes_nothing_and_says_what_to_do(wrapped: bool) -> None:
     dataset = dataset_of(episodes())
-    algo = built(small(ACTIVEConfig), dataset)
+    algo = built(C4Config(base=small(ACTIVEConfig), n_clusters=2) if wrapped else small(ACTIVEConfig), dataset)
     before = copy.deepcopy(state_of(algo))
     for batch in (mini_batch(dataset, range(16)), torch_batch_of(mini_batch(dataset, range(16)))):
         with pytest.raises(ValueError, match=r"likelihood_target: expected a number, or .*estimate_likelihood_target"):
@@ -468,6 +487,49 @@ def test_a_subclass_of_the_hosts_buffer_goes_on_drawing_its_own_batches() -> Non
     dataset = Prioritised(d3rlpy.dataset.InfiniteBuffer(), episodes=plain.episodes)
     active().create().fit(dataset, n_steps=3, n_steps_per_epoch=3, **QUIET)
     assert calls == [16, 16, 16]
+
+
+def test_a_sampling_or_a_picker_of_ones_own_is_asked_for_each_row() -> None:
+    calls: list[str] = []
+
+    class Weighted(d3rlpy.dataset.ReplayBuffer):
+        def sample_transition(self) -> Any:
+            calls.append("row")
+            return super().sample_transition()
+
+    class Noisy(d3rlpy.dataset.BasicTransitionPicker):
+        def __call__(self, episode: Any, index: int) -> Any:
+            calls.append("picked")
+            return super().__call__(episode, index)
+
+    plain = dataset_of(episodes())
+    buffer = d3rlpy.dataset.InfiniteBuffer()
+    for dataset, expected in (
+        (Weighted(buffer, episodes=plain.episodes), "row"),
+        (dataset_of(episodes(), transition_picker=Noisy()), "picked"),
+    ):
+        calls.clear()
+        active().create().fit(dataset, n_steps=3, n_steps_per_epoch=3, **QUIET)
+        assert calls.count(expected) >= 3 * 16
+
+
+def test_rows_appended_during_a_fit_are_drawn_from_then_on() -> None:
+    dataset = dataset_of(episodes(1))
+    algo = active().create()
+    seen: list[torch.Tensor] = []
+    for epoch, _ in algo.fitter(dataset, n_steps=20, n_steps_per_epoch=10, **QUIET):
+        if epoch == 1:
+            known = dataset.transition_count
+            for episode in episodes(3, seed=5):
+                dataset.append_episode(episode)
+            update = algo.impl.update
+
+            def watched(batch: Any, step: int, update: Any = update) -> Any:
+                seen.append(batch.observations)
+                return update(batch, step)
+
+            algo.impl.update = watched
+    assert known < len(torch.cat(seen).unique(dim=0)) <= dataset.transition_count
 
 
 def test_multi_step_targets_discount_by_their_steps() -> None:

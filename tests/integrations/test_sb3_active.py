@@ -346,6 +346,15 @@ def test_a_target_set_on_a_model_counts_from_then_on() -> None:
     assert float(model.temperature_controller.beta.detach()) > 10
 
 
+def test_a_rate_and_a_bound_of_beta_set_on_a_model_count_from_then_on() -> None:
+    model = active(likelihood_target=50.0, beta_learning_rate=0.0)
+    learn_offline(model, data(), 2)
+    assert float(model.temperature_controller.beta.detach()) == 1
+    model.beta_learning_rate, model.max_beta = 1.0, 3.0
+    model.train(2, 8)
+    assert float(model.temperature_controller.beta.detach()) == 3
+
+
 def test_wrong_input() -> None:
     for options, message in (
         ({"value_loss": "huber"}, "value_loss: expected"),

@@ -227,7 +227,9 @@ class ACTIVE(OffPolicyAlgorithm):
             return
         if self.likelihood_target == "auto":
             self.estimate_likelihood_target()
-        self.temperature_controller.target = self.likelihood_target
+        controller = self.temperature_controller  # whose settings are those of now
+        controller.target, controller.maximum = self.likelihood_target, self.max_beta
+        controller.learning_rate = self.beta_learning_rate
         self.policy.set_training_mode(True)
         self._update_learning_rate([self.actor.optimizer, self.critic.optimizer, self.value.optimizer])
         advantage = VEnsembleAdvantage(quantile=self.quantile, temperature=self.temperature, max_weight=self.max_weight)
@@ -239,7 +241,7 @@ class ACTIVE(OffPolicyAlgorithm):
             value_loss, critic_loss = self._train_values(batch, data_q, advantage)
             actor_loss, log_prob = self._train_actor(batch, data_q, advantage)
             if self.likelihood_target is not None:
-                self.temperature_controller.step(log_prob)
+                controller.step(log_prob)
             polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
             polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
             found.append(torch.stack([value_loss, critic_loss, actor_loss, log_prob.mean()]).detach())
