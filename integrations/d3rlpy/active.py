@@ -37,7 +37,7 @@ from c4buffer._checks import fail
 from .active_config import ACTIVEConfig
 from .active_networks import PolicyDensity, new_value_functions
 from .batches import UniformBatches, call_of_fitter
-from .dataset import stored_transitions_of
+from .dataset import rows_since, stored_transitions_of
 
 DENSITY = {"min_logstd": -5.0, "max_logstd": 2.0, "use_std_parameter": True}  # of the policy, as IQL's in d3rlpy
 
@@ -113,9 +113,9 @@ class ACTIVE(QLearningAlgoBase["ACTIVEImpl", ACTIVEConfig]):
             self._know_target(dataset)
             if drawn_elsewhere:
                 return dataset.sample_transition_batch(batch_size)
-            last = (dataset.transition_count, *dataset.buffer[dataset.transition_count - 1])
-            if batches is None or newest != last:
-                batches, newest = UniformBatches(dataset, self), last
+            rows = dataset.transition_count
+            if rows_since(dataset, newest) < rows:
+                batches, newest = UniformBatches(dataset, self), dataset.buffer[rows - 1]
             return batches.sample(batch_size)
 
         view.sample_transition_batch = sample

@@ -513,14 +513,17 @@ def test_a_sampling_or_a_picker_of_ones_own_is_asked_for_each_row() -> None:
         assert calls.count(expected) >= 3 * 16
 
 
-def test_rows_appended_during_a_fit_are_drawn_from_then_on() -> None:
-    dataset = dataset_of(episodes(1))
+@pytest.mark.parametrize("limit", [1000, 30])
+def test_rows_appended_during_a_fit_are_drawn_from_then_on(limit: int) -> None:
+    rows = d3rlpy.dataset.FIFOBuffer(limit)  # of 30, as many are held after other rows have come
+    dataset = d3rlpy.dataset.ReplayBuffer(rows, episodes=episodes(2))
     algo = active().create()
     seen: list[torch.Tensor] = []
     for epoch, _ in algo.fitter(dataset, n_steps=20, n_steps_per_epoch=10, **QUIET):
         if epoch == 1:
             known = dataset.transition_count
-            for episode in episodes(3, seed=5):
+            later = episodes(3, seed=5)
+            for episode in later:
                 dataset.append_episode(episode)
             update = algo.impl.update
 
@@ -529,7 +532,11 @@ def test_rows_appended_during_a_fit_are_drawn_from_then_on() -> None:
                 return update(batch, step)
 
             algo.impl.update = watched
-    assert known < len(torch.cat(seen).unique(dim=0)) <= dataset.transition_count
+    found = torch.cat(seen).unique(dim=0)
+    new = torch.from_numpy(np.concatenate([episode.observations for episode in later]))
+    assert (found[:, None] == new[None]).all(dim=2).any(dim=1).sum() > 10
+    if limit > known:
+        assert known < len(found) <= dataset.transition_count
 
 
 def test_multi_step_targets_discount_by_their_steps() -> None:
