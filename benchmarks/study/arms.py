@@ -138,7 +138,8 @@ GRIDS = {
             "walker2d-medium-expert",
             "walker2d-medium-replay",
         ),
-        arms=("plain", "penalty", "layer-norm"),  # of the first grid the best form of C4, and the best of all
+        # of the first grid the best form of C4, and the best of all; of the search the best form on medium-expert
+        arms=("plain", "penalty", "layer-norm", "correlation-1"),
         seeds=(3, 4, 5),
         updates=100_000,
         evaluate_every=5_000,
