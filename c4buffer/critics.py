@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import fail, shape_of
-from .networks import modules_behind
+from .networks import evaluating, modules_behind
 from .transitions import Observations, Transitions, map_observations
 
 
@@ -71,17 +71,9 @@ class Critics:
             object.__setattr__(self, "_modules", tuple(found))  # what a function reaches may be another one next time
         return tuple(found)
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """All networks in eval mode (no dropout, no batch statistics moved), each one's own mode restored after."""
-        training = [module for module in self.modules if module.training]
-        for module in training:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
+    def evaluating(self) -> AbstractContextManager[None]:
+        """A context with all networks in eval mode (no dropout, no batch statistics moved), and as they were after."""
+        return evaluating(self.modules)
 
     def inputs(self, batch: Transitions) -> tuple[Observations, Tensor]:
         """x = (s, a), with s encoded where there is an encoder."""

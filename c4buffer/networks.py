@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -31,6 +31,19 @@ def modules_behind(part: Any, depth: int = 4) -> list[nn.Module]:
     elif hasattr(part, "__dict__") and not isinstance(part, (type, ModuleType)):
         held, depth = vars(part).values(), min(depth, 2)  # an agent holds networks, but also environments and data
     return [module for value in held for module in modules_behind(value, depth - 1)] if depth else []
+
+
+@contextmanager
+def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """These modules in eval mode (no dropout, no batch statistics moved), each one's own mode restored after."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _closed_over(function: FunctionType) -> Iterator[Any]:

@@ -1,6 +1,5 @@
 """ACTIVE as one of d3rlpy's own algorithms, which `ACTIVEConfig` makes."""
 
-import copy
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -36,8 +35,8 @@ from c4buffer._checks import fail
 
 from .active_config import ACTIVEConfig
 from .active_networks import PolicyDensity, new_value_functions
-from .batches import UniformBatches, call_of_fitter
-from .dataset import rows_since, stored_transitions_of
+from .batches import UniformBatches, call_of_fitter, updated, view_of
+from .dataset import rows_since, seen_of, stored_transitions_of
 
 DENSITY = {"min_logstd": -5.0, "max_logstd": 2.0, "use_std_parameter": True}  # of the policy, as IQL's in d3rlpy
 
@@ -103,7 +102,6 @@ class ACTIVE(QLearningAlgoBase["ACTIVEImpl", ACTIVEConfig]):
             ValueError: for discrete actions.
         """
         _check_continuous(dataset)
-        view = copy.copy(dataset)
         drawn_elsewhere = not _draws_as_the_host(dataset)
         batches: Any = None
         newest: Any = None
@@ -113,13 +111,11 @@ class ACTIVE(QLearningAlgoBase["ACTIVEImpl", ACTIVEConfig]):
             self._know_target(dataset)
             if drawn_elsewhere:
                 return dataset.sample_transition_batch(batch_size)
-            rows = dataset.transition_count
-            if rows_since(dataset, newest) < rows:
-                batches, newest = UniformBatches(dataset, self), dataset.buffer[rows - 1]
+            if rows_since(dataset, newest) < dataset.transition_count:
+                batches, newest = UniformBatches(dataset, self), seen_of(dataset)
             return batches.sample(batch_size)
 
-        view.sample_transition_batch = sample
-        call = call_of_fitter(self, dataset, view, arguments, options)
+        call = call_of_fitter(self, dataset, view_of(dataset, sample), arguments, options)
         yield from super().fitter(*call.args, **call.kwargs)
 
     def update(self, batch: Any) -> dict[str, float]:
@@ -128,13 +124,7 @@ class ACTIVE(QLearningAlgoBase["ACTIVEImpl", ACTIVEConfig]):
         Raises:
             ValueError: where H_D is still to be estimated, as a fit does with its data; nothing is changed then.
         """
-        if not isinstance(batch, TorchMiniBatch):
-            found: dict[str, float] = super().update(batch)
-            return found
-        assert self._impl is not None
-        metrics: dict[str, float] = self._impl.update(batch, self._grad_step)
-        self._grad_step += 1
-        return metrics
+        return updated(self, super().update, batch)
 
     def fit_online(self, env: Any, *arguments: Any, **options: Any) -> None:
         """d3rlpy's `fit_online`.

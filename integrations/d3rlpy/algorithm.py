@@ -1,6 +1,5 @@
 """The seam: runtime subclasses of d3rlpy's algorithm and of its implementation object."""
 
-import copy
 import dataclasses
 import functools
 import os
@@ -37,19 +36,19 @@ from d3rlpy.algos import (
     ReBRAC,
     TD3PlusBC,
 )
-from d3rlpy.dataset import MixedReplayBuffer, create_fifo_replay_buffer
+from d3rlpy.dataset import MixedReplayBuffer, ReplayBufferBase, create_fifo_replay_buffer
 from d3rlpy.torch_utility import TorchMiniBatch
 
 from c4buffer import ClusteredReplayBuffer, Clusterer, CovariancePenalty, Critics
-from c4buffer._checks import fail
+from c4buffer._checks import fail, shape_of
 
 from .active import ACTIVE
-from .batches import Batches, MixedBatches, call_of_fitter
+from .batches import Batches, MixedBatches, call_of_fitter, updated, view_of
 from .config import C4Config
 from .dataset import from_mini_batch
 from .graphs import capture_twice
 from .reading import critics_of_impl, is_discrete
-from .sharing import can_be_shared, values_kept
+from .sharing import can_be_shared, takes_values, values_kept
 
 CONTINUOUS = (
     DDPG,
@@ -72,6 +71,7 @@ CONTINUOUS = (
 DISCRETE = (DQN, DoubleDQN, NFQ, DiscreteCQL, DiscreteBCQ, DiscreteSAC)
 SUPPORTED = (*CONTINUOUS, *DISCRETE)
 ONLINE_CAPACITY = 1_000_000  # d3rlpy's own defaults of fit_online, for its buffer and its steps
+SETTINGS = ("penalty_weight", "penalty_kind", "penalty_scale", "penalty_every", "trace_weight", "next_action")
 WITHOUT_CRITIC = (BC, DiscreteBC, RandomPolicy, DiscreteRandomPolicy)
 
 
@@ -81,7 +81,7 @@ def wrap(algo: Any, **fields: Any) -> Any:
     The algorithm is changed in place and returned; nothing is changed if it is refused.
 
     Args:
-        algo: a d3rlpy algorithm.
+        algo: a d3rlpy algorithm, or one of a subclass of yours.
         fields: those of `C4Config`, without `base`.
 
     Raises:
@@ -100,6 +100,8 @@ def wrap(algo: Any, **fields: Any) -> Any:
 def armed(algo: Any, config: C4Config) -> Any:
     """The algorithm, given C4's subclass and config."""
     _check_supported(algo)
+    if algo.impl is not None:
+        _arm_impl(algo.impl, config)
     algo.__class__ = _algorithm_class(algo.__class__)
     algo._c4_config = config
     algo._c4_reported = None
@@ -107,8 +109,6 @@ def armed(algo: Any, config: C4Config) -> Any:
     algo._c4_saved = None
     algo.c4_clusterer = None
     algo.c4_buffer_options = {}
-    if algo.impl is not None:
-        _arm_impl(algo.impl, config)
     return algo
 
 
@@ -118,8 +118,10 @@ def _check_supported(algo: Any) -> None:
         fail("algo", "a Q-learning algorithm", f"{name}, which has no critic whose covariance could be controlled")
     if not isinstance(algo, QLearningAlgoBase):
         fail("algo", "a d3rlpy Q-learning algorithm", name)
-    if type(algo) not in SUPPORTED:
+    if not isinstance(algo, SUPPORTED):
         fail("algo", "one of " + ", ".join(sorted(cls.__name__ for cls in SUPPORTED)), name)
+    if type(algo).update not in (QLearningAlgoBase.update, ACTIVE.update):
+        fail("algo", "d3rlpy's own `update`, as batches come as tensors", f"one of {name}'s")
 
 
 class C4Algorithm(QLearningAlgoBase):
@@ -144,7 +146,6 @@ class C4Algorithm(QLearningAlgoBase):
 
     @property
     def config(self) -> Any:
-        self._c4_config.take_base()  # which may have been changed since
         return self._c4_config
 
     @property
@@ -169,13 +170,14 @@ class C4Algorithm(QLearningAlgoBase):
 
     def fitter(self, dataset: Any, *arguments: Any, **options: Any) -> Iterator[tuple[int, dict[str, float]]]:
         """d3rlpy's `fitter`, drawing its batches from a ClusteredReplayBuffer of the dataset."""
-        if isinstance(dataset, MixedReplayBuffer):
+        if not isinstance(dataset, ReplayBufferBase):
+            fail("dataset", "a d3rlpy dataset", type(dataset).__name__)
+        mixed = isinstance(dataset, MixedReplayBuffer)
+        if mixed:
             self._c4_check_fresh("fit with a MixedReplayBuffer")
-            self._c4_batches = MixedBatches(dataset, self)
-        else:
-            self._c4_batches = Batches(dataset, self, saved=self._c4_saved)
         if dataset.transition_count == 0:
             fail("dataset", "at least one transition", "an empty dataset")
+        self._c4_start(MixedBatches(dataset, self) if mixed else Batches(dataset, self, saved=self._c4_saved))
         call = call_of_fitter(self, dataset, self._c4_view(dataset), arguments, options)
         yield from super().fitter(*call.args, **call.kwargs)
 
@@ -191,7 +193,7 @@ class C4Algorithm(QLearningAlgoBase):
         n_steps = options.get("n_steps", arguments[1] if len(arguments) > 1 else ONLINE_CAPACITY)
         self._c4_check_fresh("fit_online")
         kind = MixedBatches if isinstance(buffer, MixedReplayBuffer) else Batches
-        self._c4_batches = kind(buffer, self, n_steps=n_steps)
+        self._c4_start(kind(buffer, self, n_steps=n_steps))
         super().fit_online(env, self._c4_view(buffer), *arguments, **options)
 
     def c4_resume(self, path: str | os.PathLike[str]) -> None:
@@ -221,11 +223,7 @@ class C4Algorithm(QLearningAlgoBase):
 
     def update(self, batch: Any) -> dict[str, float]:
         """One update from a TransitionMiniBatch, or from a batch that is on the device and scaled already."""
-        if isinstance(batch, TorchMiniBatch):
-            metrics: dict[str, float] = self._impl.update(batch, self._grad_step)
-            self._grad_step += 1
-        else:
-            metrics = super().update(batch)
+        metrics: dict[str, float] = updated(self, super().update, batch)
         buffer = self.c4_secondary_buffer if self.c4_buffer is None else self.c4_buffer  # a share may be none
         report = None if buffer is None else buffer.last_report
         if report is not None and report is not self._c4_reported:
@@ -244,12 +242,15 @@ class C4Algorithm(QLearningAlgoBase):
         if self._c4_saved is not None:
             fail("c4_resume", "a fit of one dataset after it", call)
 
+    def _c4_start(self, batches: Batches | MixedBatches) -> None:
+        """A fit with these batches, and with the config's settings as they stand."""
+        self._c4_batches = batches
+        if self._impl is not None:
+            _follow(self._impl, self._c4_config)
+
     def _c4_view(self, dataset: Any) -> Any:
-        """The dataset as it is, sharing its episodes and whatever is appended; only its batches are drawn elsewhere."""
         assert self._c4_batches is not None
-        view = copy.copy(dataset)
-        view.sample_transition_batch = self._c4_batches.sample
-        return view
+        return view_of(dataset, self._c4_batches.sample)
 
 
 class C4Impl(QLearningAlgoImplBase):
@@ -257,12 +258,15 @@ class C4Impl(QLearningAlgoImplBase):
 
     Attributes:
         c4_critics: the networks as Critics.
-        c4_penalty: `(critics, batch) -> scalar`; may be replaced after the networks are built. With a `weight` of 0 it
-            is not called. A CovariancePenalty of gradients also gets the TD loss's values, where the networks allow it.
+        c4_penalty: `(critics, batch) -> scalar`; may be replaced after the networks are built. With a number of 0 as
+            its `weight` it is not called. A CovariancePenalty of gradients also gets the TD loss's values, where the
+            networks allow it.
     """
 
     c4_critics: Critics
     c4_penalty: Any
+    _c4_made: CovariancePenalty  # by the config
+    _c4_settings: tuple[Any, ...]  # what it was made of
     _c4_every: int
     _c4_due: bool
     _c4_shares: bool
@@ -273,7 +277,9 @@ class C4Impl(QLearningAlgoImplBase):
         return _bare, (_impl_class, type(self).__bases__[1]), self.__dict__
 
     def inner_update(self, batch: TorchMiniBatch, grad_step: int) -> dict[str, float]:
-        self._c4_due = getattr(self.c4_penalty, "weight", 1.0) > 0 and grad_step % self._c4_every == 0
+        weight = getattr(self.c4_penalty, "weight", None)
+        off = isinstance(weight, (int, float)) and weight == 0
+        self._c4_due = not off and grad_step % self._c4_every == 0
         self._c4_penalties.clear()
         metrics: dict[str, float] = super().inner_update(batch, grad_step)
         for penalty in self._c4_penalties:
@@ -292,7 +298,7 @@ class C4Impl(QLearningAlgoImplBase):
         if not self._c4_due:
             return compute(batch, q_tpn)
         options: dict[str, Any] = {}
-        if self._c4_shares and isinstance(self.c4_penalty, CovariancePenalty) and self.c4_penalty.kind == "gradient":
+        if self._c4_shares and takes_values(self.c4_penalty):
             with values_kept(self.modules.q_funcs, batch) as (copies, values):
                 loss = compute(batch, q_tpn)
             if len(values) == len(self.modules.q_funcs):
@@ -300,6 +306,9 @@ class C4Impl(QLearningAlgoImplBase):
         else:
             loss = compute(batch, q_tpn)
         penalty = self.c4_penalty(self.c4_critics, from_mini_batch(batch, discrete=self._c4_discrete), **options)
+        if not isinstance(penalty, torch.Tensor) or penalty.ndim > 0:
+            got = shape_of(penalty) if isinstance(penalty, torch.Tensor) else type(penalty).__name__
+            fail("c4_penalty", "a callable that returns a tensor of one number, []", got)
         if isinstance(loss, torch.Tensor):  # DiscreteSAC's
             self._c4_penalties.append(penalty.detach())
             return loss + self._c4_every * penalty
@@ -310,17 +319,30 @@ class C4Impl(QLearningAlgoImplBase):
 
 
 def _arm_impl(impl: Any, config: C4Config) -> None:
-    impl.__class__ = _impl_class(impl.__class__)
-    impl.c4_critics = critics_of_impl(impl, next_action=config.next_action)
-    kind: Any = config.penalty_kind
-    scale: Any = config.penalty_scale if kind == "gradient" else "raw"
-    impl.c4_penalty = CovariancePenalty(config.penalty_weight, trace_weight=config.trace_weight, scale=scale, kind=kind)
-    impl._c4_every = config.penalty_every
-    impl._c4_due = False
-    impl._c4_penalties = []
     impl._c4_discrete = is_discrete(impl)
     impl._c4_shares = can_be_shared(impl.modules.q_funcs)
+    impl._c4_due = False
+    impl._c4_penalties = []
+    impl._c4_settings = ()
+    impl._c4_made = impl.c4_penalty = None
+    _follow(impl, config)
+    impl.__class__ = _impl_class(impl.__class__)
     capture_twice(impl)
+
+
+def _follow(impl: Any, config: C4Config) -> None:
+    """Take the config's settings, where they have changed; a penalty that was put in place of theirs stays."""
+    settings = tuple(getattr(config, name) for name in SETTINGS)
+    if settings == impl._c4_settings:
+        return
+    critics = critics_of_impl(impl, next_action=config.next_action)
+    kind: Any = config.penalty_kind
+    scale: Any = config.penalty_scale if kind == "gradient" else "raw"
+    made = CovariancePenalty(config.penalty_weight, trace_weight=config.trace_weight, scale=scale, kind=kind)
+    if impl.c4_penalty is impl._c4_made:
+        impl.c4_penalty = made
+    impl.c4_critics, impl._c4_made = critics, made
+    impl._c4_every, impl._c4_settings = config.penalty_every, settings
 
 
 def _bare(subclass_of: Callable[[Any], type], base: Any) -> Any:

@@ -19,10 +19,12 @@ from c4buffer import ClusteredReplayBuffer, Critics, Every
 from c4buffer._checks import fail
 
 from .dataset import (
+    Seen,
     has_images,
     returns_to_go_of,
     rows_since,
     scaled_observations,
+    seen_of,
     stored_transitions_from,
     to_mini_batch,
     transitions_for_buffer,
@@ -50,6 +52,23 @@ def call_of_fitter(algo: Any, dataset: Any, view: Any, arguments: Any, options: 
 
     call.arguments["evaluators"] = {name: of_dataset(evaluator) for name, evaluator in evaluators.items()}
     return call
+
+
+def view_of(dataset: Any, sample: Callable[[int], Any]) -> Any:
+    """The dataset as it is, in all that it holds and takes; only its batches are drawn elsewhere."""
+    kind = type(type(dataset).__name__, (type(dataset),), {"sample_transition_batch": property(lambda _: sample)})
+    view: Any = object.__new__(kind)
+    view.__dict__ = dataset.__dict__
+    return view
+
+
+def updated(algo: Any, update: Callable[[Any], dict[str, float]], batch: Any) -> dict[str, float]:
+    """One update: d3rlpy's own, or from a TorchMiniBatch, on the device and scaled already, as it is."""
+    if not isinstance(batch, TorchMiniBatch):
+        return update(batch)
+    metrics: dict[str, float] = algo._impl.update(batch, algo._grad_step)
+    algo._grad_step += 1
+    return metrics
 
 
 class UniformBatches:
@@ -99,9 +118,9 @@ class Batches:
         self._capacity: int | None = None  # of a buffer that grows
         self._saved = saved
         self._seed_offset = seed_offset
-        self._seen: tuple[Any, int] | None = None
+        self._seen: Seen | None = None
         self._returns_to_go: torch.Tensor | ReturnsToGo | None = None
-        self._attached = False
+        self._attached: Any = None  # the implementation object whose critics the buffer has
         self._images = False
         if n_steps is not None:
             check_growing(dataset)
@@ -114,11 +133,11 @@ class Batches:
             self.buffer = self._filled() if self._capacity is None else self._empty()
         if self._capacity is not None:
             self._follow(self.buffer)
-        if not self._attached and self._can_cluster(batch_size):
+        if self._attached is not self._algo.impl and self._can_cluster(batch_size):
             self.buffer.attach(self.critics)
             if self._warm_up > 0 and not self.buffer.clustered:  # whatever batch it is
                 self.buffer.refresh()
-            self._attached = True
+            self._attached = self._algo.impl
         batch = self.buffer.sample(batch_size)
         assert batch.indices is not None
         returns_to_go = None if self._returns_to_go is None else self._returns_to_go[batch.indices]
@@ -146,13 +165,16 @@ class Batches:
     def _follow(self, buffer: ClusteredReplayBuffer) -> None:
         """Take over what has been appended since the last batch."""
         start, stop = rows_since(self._dataset, self._seen), self._dataset.transition_count
+        if stop > buffer.capacity:
+            expected = f"at most {buffer.capacity} transitions, those held at first and one a step; create_fifo_replay_"
+            fail("buffer", f"{expected}buffer(limit) makes one for what is appended besides", stop)
         if start < stop:
             transitions = stored_transitions_from(self._dataset, start, self._algo)
             buffer.extend(transitions)
             if isinstance(self._returns_to_go, ReturnsToGo):
                 self._returns_to_go.extend(start)
             self._images = has_images(transitions.observations)
-            self._seen = self._dataset.buffer[stop - 1]
+            self._seen = seen_of(self._dataset)
 
     def _go_on(self, buffer: ClusteredReplayBuffer, path: str | os.PathLike[str]) -> None:
         """The saved buffer's clusters, generator and counters, over the same transitions."""
@@ -174,12 +196,14 @@ class Batches:
     def _options(self) -> dict[str, Any]:
         config, given = self._algo.config, self._algo.c4_buffer_options
         known = [name for name in inspect.signature(ClusteredReplayBuffer).parameters if name not in OWN_OPTIONS]
-        if not set(given) <= set(known):
-            fail("c4_buffer_options", f"options among {', '.join(known)} (others are C4Config's)", ", ".join(given))
+        if not isinstance(given, dict) or not given.keys() <= set(known):
+            got = ", ".join(map(str, given)) if isinstance(given, dict) else type(given).__name__
+            fail("c4_buffer_options", f"a dict of options among {', '.join(known)} (others are C4Config's)", got)
         options = {
             "embedding": config.embedding,
             "refresh": None if config.refresh_interval is None else Every(config.refresh_interval),
             "clusterer": self._algo.c4_clusterer,
+            "discount": self._algo.gamma,
             "device": self._algo._device,
             "storage": "device",
             "growing": self._capacity is not None,  # of the million that fit_online asks for, few may ever come

@@ -4,13 +4,31 @@ import dataclasses
 from typing import Any, Optional, Union
 
 from d3rlpy.base import DeviceArg, LearnableConfig, register_learnable
+from d3rlpy.preprocessing import ActionScaler, ObservationScaler, RewardScaler
 from d3rlpy.serializable_config import CONFIG_STORAGE
 from dataclasses_json import config as json_config
 
 from c4buffer._checks import check_choice, check_integer, check_number, fail
 
-MIRRORED = tuple(field.name for field in dataclasses.fields(LearnableConfig))
+MIRRORED = {field.name: field for field in dataclasses.fields(LearnableConfig)}
 STORAGE = CONFIG_STORAGE[LearnableConfig]  # how d3rlpy writes a config inside a config
+
+
+class _OfBase:
+    """A field of C4Config that every d3rlpy config has: read from the base, and set there."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, config: Any, owner: type) -> Any:
+        return self if config is None else getattr(config.base, self._name)
+
+    def __set__(self, config: Any, value: Any) -> None:
+        setattr(config.base, self._name, value)
+
+
+def _of_base(name: str) -> Any:
+    return dataclasses.field(init=False, default=_OfBase(name), metadata=MIRRORED[name].metadata)
 
 
 @dataclasses.dataclass
@@ -22,7 +40,8 @@ class C4Config(LearnableConfig):
         algo = C4Config(base=TD3PlusBCConfig()).create("cuda:0")
         algo.fit(dataset, n_steps=100000)
 
-    Batch size, discount, scalers and the rest are those of `base`; to load a saved algorithm, import this module first.
+    Batch size, discount, scalers and the rest of what every d3rlpy config has are those of `base`, read there and set
+    there; to load a saved algorithm, import this module first.
 
     Args:
         base: config of the algorithm: any of d3rlpy's that learns a Q-function, with continuous or discrete actions.
@@ -51,6 +70,17 @@ class C4Config(LearnableConfig):
     trace_weight: float = 1.0
     next_action: str = "dataset"
     seed: Optional[int] = None
+    batch_size: int = _of_base("batch_size")
+    gamma: float = _of_base("gamma")
+    observation_scaler: Optional[ObservationScaler] = _of_base("observation_scaler")
+    action_scaler: Optional[ActionScaler] = _of_base("action_scaler")
+    reward_scaler: Optional[RewardScaler] = _of_base("reward_scaler")
+    compile_graph: bool = _of_base("compile_graph")
+
+    def __new__(cls, *_: Any, **fields: Any) -> Any:
+        for name in MIRRORED.keys() & fields.keys():
+            fail(name, "to be set on base", repr(fields[name]))
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if not isinstance(self.base, LearnableConfig):
@@ -70,22 +100,6 @@ class C4Config(LearnableConfig):
         check_choice("next_action", self.next_action, ("dataset", "policy"))
         if self.seed is not None:
             self.seed = check_integer("seed", self.seed, minimum=0)
-        self._mirror_base()
-
-    def _mirror_base(self) -> None:
-        """The fields that every d3rlpy config has are the base's; another value for one of them is refused."""
-        defaults = {field.name: field.default for field in dataclasses.fields(LearnableConfig)}
-        for name in MIRRORED:
-            given, wanted = getattr(self, name), getattr(self.base, name)
-            same = type(given) is type(wanted) if name.endswith("scaler") else given == wanted
-            if given is not None and given != defaults[name] and not same:
-                fail(name, "to be set on base", repr(given))
-        self.take_base()
-
-    def take_base(self) -> None:
-        """Take over the fields that every d3rlpy config has, as they stand in the base."""
-        for name in MIRRORED:
-            setattr(self, name, getattr(self.base, name))
 
     @property
     def fewest_rows(self) -> int:

@@ -1,12 +1,12 @@
 """A d3rlpy dataset as Transitions, and Transitions as d3rlpy's batches: no per-transition Python while training."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from d3rlpy.constants import ActionSpace
-from d3rlpy.dataset import BasicTransitionPicker, MixedReplayBuffer, ReplayBufferBase
+from d3rlpy.dataset import BasicTransitionPicker, InfiniteBuffer, MixedReplayBuffer, ReplayBufferBase
 from d3rlpy.torch_utility import TorchMiniBatch
 from torch import Tensor
 
@@ -59,15 +59,34 @@ def stored_transitions_from(dataset: Any, start: int, algo: Any) -> Transitions:
     return Transitions.unchecked(columns)
 
 
-def rows_since(dataset: ReplayBufferBase, seen: tuple[Any, int] | None) -> int:
-    """The row after the one `seen` (its episode and its place there); 0 where that has been dropped."""
-    row = dataset.transition_count
-    while row > 0 and seen is not None:
-        episode, index = dataset.buffer[row - 1]
-        if episode is seen[0] and index == seen[1]:
+class Seen(NamedTuple):
+    """The newest row at some moment: its episode, its place there, and how many rows there were."""
+
+    episode: Any
+    step: int
+    rows: int
+
+
+def seen_of(dataset: ReplayBufferBase) -> Seen:
+    """That of a dataset as it is, with at least one row."""
+    rows = dataset.transition_count
+    episode, step = dataset.buffer[rows - 1]
+    return Seen(episode, step, rows)
+
+
+def rows_since(dataset: ReplayBufferBase, seen: Seen | None) -> int:
+    """The row after the one `seen`; 0 where that has been dropped."""
+    row = int(dataset.transition_count)
+    if seen is None:
+        return 0
+    if type(dataset.buffer) is InfiniteBuffer or getattr(dataset.buffer, "_limit", row) > row:
+        return seen.rows  # nothing has been dropped; an episode may have been appended twice
+    while row > 0:
+        episode, step = dataset.buffer[row - 1]
+        if episode is seen.episode and step == seen.step:
             break
         row -= 1
-    return 0 if seen is None else row
+    return row
 
 
 def _transitions(columns: dict[str, Any], dataset: ReplayBufferBase, algo: Any, device: Any = None) -> Transitions:
@@ -82,6 +101,8 @@ def _transitions(columns: dict[str, Any], dataset: ReplayBufferBase, algo: Any, 
 
 
 def _check(dataset: ReplayBufferBase) -> None:
+    if not isinstance(dataset, ReplayBufferBase):
+        fail("dataset", "a d3rlpy dataset", type(dataset).__name__)
     if isinstance(dataset, MixedReplayBuffer):
         fail("dataset", "one ReplayBuffer with all the episodes", "a MixedReplayBuffer of several")
     if dataset.transition_count == 0:

@@ -29,6 +29,8 @@ def dataset_of(transitions: Transitions, *, action_size: int | None = None) -> R
     Raises:
         ValueError: for intervals above 1, observations in a dict, and an action beyond `action_size`.
     """
+    if not isinstance(transitions, Transitions):
+        fail("transitions", "Transitions", type(transitions).__name__)
     if bool((transitions.intervals != 1).any()):
         fail("transitions", "single steps (d3rlpy's MultiStepTransitionPicker makes more of them)", "intervals above 1")
     if isinstance(transitions.observations, dict):
@@ -61,8 +63,8 @@ def _episode(rows: Transitions) -> Episode:
     terminated = bool(rows.terminals[-1])
     observations: list[Any] = []
     for now, after in zip(observation_leaves(rows.observations), observation_leaves(rows.next_observations)):
-        observations.append((now if terminated else torch.cat([now, after[-1:]])).numpy())
-    actions = rows.actions if terminated else torch.cat([rows.actions, rows.next_actions[-1:]])
+        observations.append((now.clone() if terminated else torch.cat([now, after[-1:]])).numpy())
+    actions = rows.actions.clone() if terminated else torch.cat([rows.actions, rows.next_actions[-1:]])
     rewards = rows.rewards if terminated else torch.cat([rows.rewards, torch.zeros_like(rows.rewards[:1])])
     return Episode(
         observations=observations if isinstance(rows.observations, tuple) else observations[0],

@@ -8,9 +8,11 @@ import torch
 from d3rlpy.models.torch.q_functions.iqn_q_function import ContinuousIQNQFunction, DiscreteIQNQFunction
 
 from c4buffer import MixtureClusterer, Transitions, decompose_cross_covariance, stacked_gradients
+from c4buffer._checks import fail
+from c4buffer.networks import evaluating
 
-from .dataset import to_mini_batch
-from .reading import critics_of, is_discrete
+from .dataset import has_images, scaled_observations, to_mini_batch
+from .reading import critics_of, is_discrete, networks_of
 
 CHUNK_ROWS = 4096  # of data at once; algorithms sample many actions of each row
 
@@ -20,7 +22,7 @@ def measure(algo: Any, transitions: Transitions, *, n_clusters: int = 3) -> dict
 
     Args:
         algo: a built algorithm, wrapped or not.
-        transitions: `transitions_of(dataset, algo)`, scaled as the networks see them.
+        transitions: `transitions_of(dataset, algo)`, scaled as the networks see them; images may be stored ones.
         n_clusters: K of the mixture that splits the cross-covariance; fitted anew each time, to whatever algorithm.
 
     Returns:
@@ -30,14 +32,21 @@ def measure(algo: Any, transitions: Transitions, *, n_clusters: int = 3) -> dict
         correlation: ||C||_F / sqrt(tr Sigma' tr Sigma), from 0 to 1 (Eq. 10).
         gradient_norm, target_gradient_norm: root mean square of |g| and |g'|.
     """
+    if not isinstance(transitions, Transitions):
+        fail("transitions", "Transitions, as transitions_of(dataset, algo)", type(transitions).__name__)
     critics = critics_of(algo)
+    if has_images(transitions.observations):  # as a buffer stores them
+        columns = dict(transitions.columns())
+        for name in ("observations", "next_observations"):
+            columns[name] = scaled_observations(columns[name], algo)
+        transitions = Transitions.unchecked(columns)
     embeddings = stacked_gradients(critics, transitions)
     responsibilities = MixtureClusterer(n_clusters)(embeddings)
     target_g, g = embeddings.double().chunk(2, dim=1)
     parts = decompose_cross_covariance(target_g, g, responsibilities.double())
     total, within, between = (float(torch.linalg.matrix_norm(part)) for part in parts)
     bound = float((target_g.var(dim=0, correction=0).sum() * g.var(dim=0, correction=0).sum()).sqrt())
-    with critics.evaluating():
+    with evaluating(networks_of(algo.impl).modules()):  # the target reads more of them than the critics
         mean_q, td_loss = _value_and_loss(algo, transitions)
     return {
         "mean_q": mean_q,

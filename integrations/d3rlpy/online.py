@@ -44,9 +44,9 @@ def check_secondary(dataset: ReplayBufferBase, algo: Any) -> None:
 
 
 def rows_at_most(dataset: ReplayBuffer, n_steps: int) -> int:
-    """Transitions that a buffer can hold after so many steps, those of an episode under way included; at least 1."""
-    rows = max(1, dataset.transition_count + len(dataset._writer._active_episode) + n_steps)
-    return int(min(getattr(dataset.buffer, "_limit", rows), rows))
+    """Transitions that a buffer can hold: its limit, or what there will be after so many steps; at least 1."""
+    rows = dataset.transition_count + len(dataset._writer._active_episode) + n_steps
+    return int(getattr(dataset.buffer, "_limit", max(1, rows)))
 
 
 class ReturnsToGo:

@@ -10,7 +10,7 @@ from d3rlpy.torch_utility import unwrap_ddp_model
 from torch import Tensor, nn
 
 from c4buffer import Critics
-from c4buffer._checks import fail
+from c4buffer._checks import check_choice, fail
 
 
 class _Member(nn.Module):
@@ -54,8 +54,7 @@ class _Greedy(nn.Module):
 
     def __init__(self, impl: Any) -> None:
         super().__init__()
-        networks = (getattr(impl.modules, field.name) for field in dataclasses.fields(impl.modules))
-        self.networks = nn.ModuleList([network for network in networks if isinstance(network, nn.Module)])
+        self.networks = networks_of(impl)
         self._impl = impl
 
     def forward(self, observations: Any) -> Tensor:
@@ -80,11 +79,18 @@ def critics_of(algo: Any, *, next_action: str = "dataset") -> Critics:
         algo: with an ensemble of Q-functions.
         next_action: a' of g': "dataset" for the data's, "policy" for the policy's best action.
     """
+    check_choice("next_action", next_action, ("dataset", "policy"))
     if getattr(algo, "impl", None) is None:
         fail("algo", "a built algorithm (call build_with_dataset, build_with_env or fit first)", "one without networks")
     if not hasattr(algo.impl, "_q_func_forwarder"):
         fail("algo", "one with an ensemble of Q-functions", type(algo).__name__)
     return critics_of_impl(algo.impl, next_action=next_action)
+
+
+def networks_of(impl: Any) -> nn.ModuleList:
+    """All networks of d3rlpy's implementation object."""
+    parts = (getattr(impl.modules, field.name) for field in dataclasses.fields(impl.modules))
+    return nn.ModuleList([part for part in parts if isinstance(part, nn.Module)])
 
 
 def is_discrete(impl: Any) -> bool:

@@ -11,6 +11,8 @@ from d3rlpy.models.torch.q_functions import ContinuousMeanQFunction
 from d3rlpy.torch_utility import TorchMiniBatch
 from torch import Tensor, nn
 
+from c4buffer import CovariancePenalty
+
 MODE_DEPENDENT = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
 KNOWN = ("torch.nn.", "d3rlpy.models.")
 
@@ -21,6 +23,12 @@ def can_be_shared(q_functions: Any) -> bool:
         type(module).__module__.startswith(KNOWN) and not isinstance(module, MODE_DEPENDENT)
         for module in q_functions.modules()
     )
+
+
+def takes_values(penalty: Any) -> bool:
+    """Whether a penalty can be given the TD loss's values: a CovariancePenalty of gradients, called as it is."""
+    own_call = isinstance(penalty, CovariancePenalty) and type(penalty).__call__ is CovariancePenalty.__call__
+    return own_call and penalty.kind == "gradient"
 
 
 @contextmanager

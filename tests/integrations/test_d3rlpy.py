@@ -37,6 +37,7 @@ from d3rlpy.algos import (
     PLASConfig,
     PLASWithPerturbationConfig,
     PRDCConfig,
+    QLearningAlgoBase,
     RandomPolicyConfig,
     ReBRACConfig,
     SACConfig,
@@ -44,6 +45,7 @@ from d3rlpy.algos import (
     TD3PlusBC,
     TD3PlusBCConfig,
 )
+from d3rlpy.algos.qlearning.torch import TD3PlusBCImpl
 from d3rlpy.constants import ActionSpace
 from d3rlpy.dataset import (
     Episode,
@@ -615,13 +617,43 @@ def test_other_algorithms_are_refused() -> None:
     with pytest.raises(ValueError, match="algo: expected a d3rlpy Q-learning algorithm, got DecisionTransformer"):
         wrap(DecisionTransformerConfig().create())
 
-    class Changed(TD3PlusBC):
-        """Its loss may be anything."""
+    class Other(QLearningAlgoBase):
+        """It may have no ensemble of Q-functions."""
 
     algo = TD3PlusBCConfig().create()
-    algo.__class__ = Changed
-    with pytest.raises(ValueError, match="algo: expected one of ACTIVE, AWAC, BCQ, BEAR, .*, got Changed"):
+    algo.__class__ = Other
+    with pytest.raises(ValueError, match="algo: expected one of ACTIVE, AWAC, BCQ, BEAR, .*, got Other"):
         wrap(algo)
+
+
+def test_a_subclass_of_ones_own_is_wrapped_and_keeps_what_it_changes() -> None:
+    losses = []
+
+    class OwnImpl(TD3PlusBCImpl):
+        def compute_critic_loss(self, batch: Any, q_tpn: torch.Tensor) -> Any:
+            loss = super().compute_critic_loss(batch, q_tpn)
+            losses.append(float(loss.critic_loss.detach()))
+            return loss
+
+    class Own(TD3PlusBC):
+        def inner_create_impl(self, observation_shape: Any, action_size: int) -> None:
+            super().inner_create_impl(observation_shape, action_size)
+            self._impl.__class__ = OwnImpl
+
+    algo = wrap(Own(small(TD3PlusBCConfig), "cpu", False), n_clusters=2, penalty_every=1)
+    metrics = algo.fit(dataset_of(episodes()), n_steps=4, n_steps_per_epoch=4, **QUIET)[-1][1]
+    assert isinstance(algo, Own)
+    assert isinstance(algo.impl, OwnImpl)
+    assert metrics["critic_loss"] == pytest.approx(np.mean(losses) + metrics["c4_penalty"])
+
+
+def test_a_subclass_with_an_update_of_its_own_is_refused() -> None:
+    class Own(TD3PlusBC):
+        def update(self, batch: Any) -> dict[str, float]:
+            return super().update(batch)
+
+    with pytest.raises(ValueError, match="algo: expected d3rlpy's own `update`, .*, got one of Own"):
+        wrap(Own(small(TD3PlusBCConfig), "cpu", False))
 
 
 def test_a_second_wrap_is_refused_and_changes_nothing() -> None:
@@ -736,7 +768,7 @@ def test_online_training_without_a_buffer_makes_d3rlpys_own() -> None:
     algo = C4Config(base=small(SACConfig), n_clusters=2, seed=0).create()
     quiet = {"n_steps_per_epoch": 30, **QUIET}
     algo.fit_online(gymnasium.make("Pendulum-v1"), n_steps=30, **quiet)
-    assert algo.c4_buffer.capacity == 30
+    assert algo.c4_buffer.capacity == 1_000_000
     assert algo.grad_step > 5
 
 

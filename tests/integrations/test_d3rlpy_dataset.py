@@ -256,7 +256,6 @@ def test_single_frames_are_held_and_batches_are_the_hosts(
     algo = algo_for(rows, scaler)
     algo.c4_buffer_options = {"storage": storage}
     batches = Batches(rows, algo)
-    batches._attached = True  # nothing to cluster by
     batch = batches.sample(400)
     assert isinstance(batches.buffer, FrameBuffer)
     assert_hosts_batch(batch, rows, drawn[0].indices, algo)
@@ -270,7 +269,6 @@ def test_other_images_are_held_one_by_one_too(made: Any, drawn: list[Transitions
     rows = made()
     algo = algo_for(rows)
     batches = Batches(rows, algo)
-    batches._attached = True
     assert_hosts_batch(batches.sample(400), rows, drawn[0].indices, algo)
     assert isinstance(batches.buffer, FrameBuffer)
 
@@ -291,7 +289,6 @@ def test_the_hosts_stacks_are_held_where_the_buffers_would_be_others(
     rows = made()
     algo = algo_for(rows, scaler)
     batches = Batches(rows, algo)
-    batches._attached = True
     assert_hosts_batch(batches.sample(400), rows, drawn[0].indices, algo)
     assert not isinstance(batches.buffer, FrameBuffer)
 
@@ -301,7 +298,6 @@ def test_a_frame_stack_that_was_asked_for_joins_the_pickers_stacks() -> None:
     algo = algo_for(rows, PixelObservationScaler)
     algo.c4_buffer_options = {"frame_stack": 3}
     batches = Batches(rows, algo)
-    batches._attached = True
     assert batches.sample(8).observations.shape[1] == 2 * 2 * 3
 
 

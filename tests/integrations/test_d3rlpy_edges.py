@@ -7,29 +7,38 @@ from pathlib import Path
 from typing import Any
 
 import d3rlpy
+import gymnasium
 import numpy as np
 import pytest
 import torch
 from c4buffer.integrations.d3rlpy import ACTIVEConfig, C4Config, critics_of, measure, measuring, transitions_of
+from c4buffer.integrations.d3rlpy import dataset_of as episodes_of
+from c4buffer.integrations.d3rlpy.reading import networks_of
 from d3rlpy.algos import (
     BCQConfig,
     BEARConfig,
     CRRConfig,
     DiscreteCQLConfig,
+    DiscreteSACConfig,
     DQNConfig,
+    IQLConfig,
     PLASConfig,
     SACConfig,
     TD3Config,
     TD3PlusBCConfig,
 )
+from d3rlpy.base import LearnableConfig
+from d3rlpy.dataset import Episode, InfiniteBuffer, ReplayBuffer
 from d3rlpy.models.encoders import VectorEncoderFactory
 from d3rlpy.models.q_functions import IQNQFunctionFactory
 from d3rlpy.ope import FQEConfig
-from d3rlpy.preprocessing import StandardObservationScaler
+from d3rlpy.preprocessing import PixelObservationScaler, StandardObservationScaler
 
-from c4buffer import stacked_gradients
+from c4buffer import CovariancePenalty, Transitions, stacked_gradients
 
-from .test_d3rlpy import QUIET, built, data_for, dataset_of, episodes, small
+from .test_d3rlpy import QUIET, built, data_for, dataset_of, drawn, episodes, small
+
+__all__ = ["drawn"]  # a fixture
 
 
 @pytest.mark.parametrize("config", [BCQConfig, BEARConfig, CRRConfig, PLASConfig, TD3Config])
@@ -127,7 +136,7 @@ def test_a_resumption_that_was_refused_waits_for_the_next_fit(tmp_path: Path) ->
 def test_options_that_the_buffer_does_not_take_are_refused(options: dict[str, Any]) -> None:
     algo = C4Config(base=small(TD3Config)).create()
     algo.c4_buffer_options = options
-    with pytest.raises(ValueError, match=f"c4_buffer_options: expected options among .*got {next(iter(options))}"):
+    with pytest.raises(ValueError, match=f"c4_buffer_options: expected a dict of .*got {next(iter(options))}"):
         algo.fit(dataset_of(episodes()), n_steps=2, n_steps_per_epoch=2, **QUIET)
 
 
@@ -158,3 +167,177 @@ def test_scalers_that_are_not_fitted_are_named() -> None:
 def test_fitted_q_evaluation_is_no_base() -> None:
     with pytest.raises(ValueError, match="base: expected the config of an algorithm, got FQEConfig"):
         C4Config(base=FQEConfig()).create()
+
+
+class Annealed(CovariancePenalty):
+    """Half of it."""
+
+    def __call__(self, critics: Any, batch: Any) -> torch.Tensor:
+        return 0.5 * super().__call__(critics, batch)
+
+
+class Weighted:
+    """A penalty with a weight that says what it likes."""
+
+    def __init__(self, weight: Any) -> None:
+        self.weight = weight
+
+    def __call__(self, critics: Any, batch: Any) -> torch.Tensor:
+        return torch.tensor(2.0)
+
+
+@pytest.mark.parametrize("penalty", [Annealed(0.5), Weighted(-1.0), Weighted(torch.ones(2))])
+def test_a_penalty_is_called_whatever_else_it_is(penalty: Any) -> None:
+    dataset = dataset_of(episodes(10))
+    algo = built(C4Config(base=small(TD3Config), penalty_every=1, seed=0), dataset)
+    algo.impl.c4_penalty = penalty
+    assert algo.fit(dataset, n_steps=2, n_steps_per_epoch=2, **QUIET)[0][1]["c4_penalty"] > 0
+
+
+@pytest.mark.parametrize(("result", "got"), [(0.0, "float"), (torch.zeros(1), r"\[1\]"), (None, "NoneType")])
+def test_a_penalty_that_is_no_number_is_named(result: Any, got: str) -> None:
+    for config in (DQNConfig, TD3Config):
+        dataset = data_for(config)
+        algo = built(C4Config(base=small(config)), dataset)
+        algo.impl.c4_penalty = lambda critics, batch: result
+        with pytest.raises(ValueError, match=rf"c4_penalty: expected a callable .* of one number, \[\], got {got}"):
+            algo.fit(dataset, n_steps=1, n_steps_per_epoch=1, **QUIET)
+
+
+def test_a_fit_takes_the_configs_settings_as_they_stand_and_leaves_a_penalty_of_ones_own() -> None:
+    dataset = dataset_of(episodes(10))
+    algo = built(C4Config(base=small(TD3Config), n_clusters=2, penalty_every=1, seed=0), dataset)
+    made = algo.impl.c4_penalty
+    made.weight = 0.3  # an annealing
+    algo.fit(dataset, n_steps=1, n_steps_per_epoch=1, **QUIET)
+    assert algo.impl.c4_penalty is made
+    algo.config.penalty_weight, algo.config.penalty_scale, algo.config.next_action = 0.7, "correlation", "policy"
+    assert "c4_penalty" in algo.fit(dataset, n_steps=1, n_steps_per_epoch=1, **QUIET)[0][1]
+    assert (algo.impl.c4_penalty.weight, algo.impl.c4_penalty.scale) == (0.7, "correlation")
+    assert algo.impl.c4_critics.policy is not None
+    algo.config.penalty_weight = 0.0
+    assert "c4_penalty" not in algo.fit(dataset, n_steps=1, n_steps_per_epoch=1, **QUIET)[0][1]
+    algo.impl.c4_penalty = own = Weighted(1.0)
+    algo.config.penalty_weight = 0.2
+    assert "c4_penalty" in algo.fit(dataset, n_steps=1, n_steps_per_epoch=1, **QUIET)[0][1]
+    assert algo.impl.c4_penalty is own
+
+
+def test_fields_that_every_config_has_are_the_bases() -> None:
+    base = TD3Config(batch_size=128)
+    config = C4Config(base)
+    algo = config.create()
+    algo.config.batch_size = 7
+    assert (algo.batch_size, base.batch_size, config.batch_size) == (7, 7, 7)
+    base.gamma = 0.5
+    assert C4Config.deserialize(config.serialize()) == config
+    assert dataclasses.replace(config, base=DQNConfig()).batch_size == 32
+    assert {field.name for field in dataclasses.fields(LearnableConfig)} == {
+        name for name, value in vars(C4Config).items() if type(value).__name__ == "_OfBase"
+    }
+
+
+def test_rewards_of_several_steps_are_discounted_by_the_algorithms_gamma(drawn: list[Transitions]) -> None:
+    dataset = dataset_of(episodes(10))
+    algo = C4Config(base=small(TD3Config, gamma=0.5), n_clusters=1, seed=0).create()
+    algo.c4_buffer_options = {"n_steps": 3}
+    algo.fit(dataset, n_steps=2, n_steps_per_epoch=2, **QUIET)
+    rows = transitions_of(dataset)
+    ends = (rows.terminals + rows.timeouts).tolist()
+    for batch in drawn:
+        for start, reward in zip(batch.indices.tolist(), batch.rewards.tolist()):
+            expected, factor = 0.0, 1.0
+            for row in range(start, start + 3):
+                expected += factor * float(rows.rewards[row])
+                factor *= 0.5
+                if ends[row]:
+                    break
+            assert reward == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("config", [TD3Config, SACConfig, IQLConfig, BCQConfig, DiscreteSACConfig])
+def test_measure_leaves_dropout_and_batch_statistics_alone_and_does_not_depend_on_the_mode(config: type) -> None:
+    dataset = data_for(config)
+    base = small(config)
+    for field in dataclasses.fields(base):
+        if field.name.endswith("encoder_factory"):
+            setattr(base, field.name, VectorEncoderFactory([8], use_batch_norm=True, dropout_rate=0.3))
+    algo = built(base, dataset)
+    networks = networks_of(algo.impl)
+    networks.train()
+    before = {name: value.clone() for name, value in networks.state_dict().items()}
+    training = measure(algo, transitions_of(dataset, algo))
+    assert all(torch.equal(value, before[name]) for name, value in networks.state_dict().items())
+    assert all(network.training for network in networks.modules())
+    networks.eval()
+    assert measure(algo, transitions_of(dataset, algo)) == training
+
+
+def test_measure_scales_images_as_a_buffer_stores_them() -> None:
+    rng = np.random.default_rng(0)
+    parts = [
+        Episode(
+            rng.integers(0, 256, (12, 1, 36, 36), dtype=np.uint8),
+            rng.integers(0, 3, (12, 1)).astype(np.int32),
+            rng.normal(size=(12, 1)).astype(np.float32),
+            terminated=bool(i % 2),
+        )
+        for i in range(3)
+    ]
+    dataset = dataset_of(parts)
+    base = DQNConfig(batch_size=16, observation_scaler=PixelObservationScaler())
+    algo = C4Config(base=base, n_clusters=2, seed=0).create()
+    algo.fit(dataset, n_steps=1, n_steps_per_epoch=1, **QUIET)
+    stored = algo.c4_buffer.rows()
+    assert stored.observations.dtype == torch.uint8
+    assert measure(algo, stored) == measure(algo, transitions_of(dataset, algo))
+
+
+def test_networks_made_anew_in_a_fit_are_clustered_by() -> None:
+    dataset = dataset_of(episodes(10))
+    algo = built(C4Config(base=small(TD3Config), n_clusters=2, seed=0), dataset)
+
+    def anew(algo: Any, epoch: int, step: int) -> None:
+        if step == 2:
+            algo.create_impl((3,), 2)
+
+    algo.fit(dataset, n_steps=4, n_steps_per_epoch=4, callback=anew, **QUIET)
+    assert algo.c4_buffer._critics is algo.impl.c4_critics
+
+
+def test_a_refused_fit_leaves_the_last_ones_buffer() -> None:
+    dataset = dataset_of(episodes(10))
+    algo = C4Config(base=small(TD3Config), n_clusters=2, seed=0).create()
+    algo.fit(dataset, n_steps=1, n_steps_per_epoch=1, **QUIET)
+    buffer = algo.c4_buffer
+    empty = ReplayBuffer(InfiniteBuffer(), env=gymnasium.make("Pendulum-v1"))
+    with pytest.raises(ValueError, match="dataset: expected at least one transition, got an empty dataset"):
+        algo.fit(empty, n_steps=1, n_steps_per_epoch=1, **QUIET)
+    assert algo.c4_buffer is buffer
+
+
+def test_a_dataset_shares_no_memory_with_the_transitions_it_was_made_of() -> None:
+    transitions = transitions_of(dataset_of(episodes(4)))
+    made = episodes_of(transitions)
+    before = [(episode.observations.copy(), episode.actions.copy()) for episode in made.episodes]
+    transitions.observations.mul_(5)
+    transitions.actions.mul_(5)
+    for episode, (observations, actions) in zip(made.episodes, before):
+        assert np.array_equal(episode.observations, observations)
+        assert np.array_equal(episode.actions, actions)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda algo, dataset: measure(algo, dataset), "transitions: expected Transitions.*got ReplayBuffer"),
+        (lambda algo, dataset: transitions_of(3), "dataset: expected a d3rlpy dataset, got int"),
+        (lambda algo, dataset: episodes_of(dataset), "transitions: expected Transitions, got ReplayBuffer"),
+        (lambda algo, dataset: algo.fit(3, n_steps=1, **QUIET), "dataset: expected a d3rlpy dataset, got int"),
+        (lambda algo, dataset: critics_of(algo, next_action="polcy"), "next_action: expected one of .*got 'polcy'"),
+    ],
+)
+def test_what_is_of_another_kind_is_named(call: Any, message: str) -> None:
+    dataset = dataset_of(episodes())
+    with pytest.raises(ValueError, match=message):
+        call(built(C4Config(base=small(TD3Config)), dataset), dataset)

@@ -17,8 +17,10 @@ from d3rlpy.algos import CalQLConfig, DQNConfig, SACConfig
 from d3rlpy.dataset import (
     BasicTransitionPicker,
     Episode,
+    FIFOBuffer,
     MixedReplayBuffer,
     MultiStepTransitionPicker,
+    ReplayBuffer,
     SparseRewardTransitionPicker,
     create_fifo_replay_buffer,
     create_infinite_replay_buffer,
@@ -350,8 +352,47 @@ def test_a_buffer_that_grows_gives_the_batches_of_one_whole_from_the_start(
         for (name, first), (_, second) in zip(one.columns(), other.columns()):
             assert torch.equal(first, second), name
         assert torch.equal(one.indices, other.indices)
-    assert grown.c4_buffer.capacity == whole.c4_buffer.capacity == min(limit, 130)
+    assert grown.c4_buffer.capacity == whole.c4_buffer.capacity == limit
     assert grown.c4_buffer.last_report.sizes == whole.c4_buffer.last_report.sizes
+
+
+@pytest.mark.parametrize("limit", [None, 1000])
+def test_what_a_callback_appends_is_followed_or_refused_by_name(limit: int | None) -> None:
+    env = Sparse()
+    host = create_infinite_replay_buffer(env=env) if limit is None else create_fifo_replay_buffer(limit, env=env)
+    demonstration = offline().episodes[0]
+    algo = C4Config(base=small(SACConfig), n_clusters=2, refresh_interval=20, seed=0).create()
+
+    def append(algo: Any, epoch: int, step: int) -> None:
+        if step in (25, 26, 45):  # one episode, the same each time
+            host.append_episode(demonstration)
+
+    options = dict(n_steps=60, n_steps_per_epoch=60, callback=append, **QUIET)
+    if limit is None:
+        with pytest.raises(ValueError, match="buffer: expected at most 60 transitions, .*create_fifo_replay_buffer"):
+            algo.fit_online(env, host, **options)
+    else:
+        algo.fit_online(env, host, **options)
+        assert len(algo.c4_buffer) in (host.transition_count, host.transition_count - 1)  # a step after the last update
+        rows = algo.c4_buffer.rows()
+        for row in range(len(rows)):
+            given = host.transition_picker(*host.buffer[row])
+            assert torch.equal(rows.actions[row], torch.as_tensor(given.action))
+
+
+def test_a_buffer_of_ones_own_kind_keeps_its_count() -> None:
+    class Counting(ReplayBuffer):
+        count = 0
+
+        def append(self, *arguments: Any) -> None:
+            self.count += 1
+            super().append(*arguments)
+
+    env = Sparse()
+    host = Counting(FIFOBuffer(1000), env=env)
+    algo = C4Config(base=small(SACConfig), n_clusters=2, seed=0).create()
+    algo.fit_online(env, host, n_steps=40, n_steps_per_epoch=40, **QUIET)
+    assert host.count == 40
 
 
 class Frames(gymnasium.Env[Any, Any]):
