@@ -14,6 +14,7 @@ from ._checks import check_choice, check_integer, check_number, fail
 from .clustering import Clusterer
 from .critics import Critics
 from .embedding import EMBEDDINGS, Embedding, embed_rows
+from .inference import in_full_precision
 from .partition import check_rows
 from .reduction import Reduction, reduced
 from .refresh import OnDrift, RefreshPolicy, RefreshReport, refreshed
@@ -85,6 +86,7 @@ class ClusteredRows:
         lost = self.last_report is not None and not self.sampler.clustered  # every row has been overwritten
         return lost or self.batches >= self._next_refresh
 
+    @in_full_precision
     def refresh(
         self,
         critics: Critics,
@@ -116,6 +118,7 @@ class ClusteredRows:
         if isinstance(self.policy, OnDrift):
             self.policy.note(holder)
 
+    @in_full_precision
     def log_likelihood_of(
         self, rows: Tensor, critics: Critics, read: Callable[[Tensor], Transitions], *, device: torch.device
     ) -> float:

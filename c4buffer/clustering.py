@@ -13,6 +13,7 @@ from torch import Tensor
 from ._checks import check_finite, check_integer, fail
 from .collective import Group, total
 from .expectation import Covariance
+from .memory import floats_at_once
 from .mixture import GaussianMixture, MixtureResult, Start
 from .scaling import CHUNK_ROWS, column_scaling
 
@@ -159,8 +160,12 @@ def ranks_of_means(embeddings: Tensor, responsibilities: Tensor) -> Tensor:
     means = sum(r.T.to(part) @ ((part - mean) / scale) for part, r in parts) / mass.to(mean)  # [K, E]
     dtype = torch.uint8 if clusters <= 256 else torch.int16
     ranks = torch.empty(len(embeddings), clusters, dtype=dtype, device=embeddings.device)
-    for part, rank in zip(embeddings.split(CHUNK_ROWS), ranks.split(CHUNK_ROWS)):
-        distances = ((part - mean) / scale).unsqueeze(1).sub(means).square().sum(dim=2)
+    columns = embeddings.shape[1]
+    size = max(1, floats_at_once(embeddings.device, cached=CHUNK_ROWS * columns) // columns)
+    for part, rank in zip(embeddings.split(size), ranks.split(size)):
+        standardised = (part - mean) / scale
+        # mean by mean: [rows, K, E] would be many times the embeddings
+        distances = torch.stack([(standardised - centre).square_().sum(dim=1) for centre in means], dim=1)
         for z in range(clusters):
             rank[:, z] = (distances < distances[:, z : z + 1]).sum(dim=1)
     return ranks

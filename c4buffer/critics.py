@@ -58,17 +58,12 @@ class Critics:
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
-        """Every network module that is reached through critic, target, policy, features and encode."""
-        known: tuple[nn.Module, ...] | None = self.__dict__.get("_modules")
-        if known is not None:
-            return known
+        """Every network module that is reached through critic, target, policy, features and encode, as they are."""
         parts = [*members_of(self.critic), *members_of(self.target), self.policy, self.features, self.encode]
         found: dict[nn.Module, None] = {}
         for part in parts:
             for root in modules_behind(part):
                 found.update(dict.fromkeys(root.modules()))
-        if all(part is None or isinstance(part, nn.Module) for part in parts):
-            object.__setattr__(self, "_modules", tuple(found))  # what a function reaches may be another one next time
         return tuple(found)
 
     def evaluating(self) -> AbstractContextManager[None]:

@@ -279,7 +279,8 @@ def _checked_directions(next_direction: Tensor | None, direction: Tensor | None,
 def _gradient(q: Tensor, parameters: list[nn.Parameter], weights: Tensor, *, retain_graph: bool = False) -> Tensor:
     """sum_i weight_i grad Q_i by all the parameters, as one vector in float64."""
     parts = torch.autograd.grad(q, parameters, weights, retain_graph=retain_graph, allow_unused=True)
-    return torch.cat([part.double().flatten() for part in parts if part is not None])
+    found = [part.double().flatten() for part in parts if part is not None]
+    return torch.cat(found) if found else q.new_full((1,), math.nan, dtype=torch.float64)
 
 
 def _mean(values: list[Tensor]) -> Tensor:

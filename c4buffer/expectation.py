@@ -23,6 +23,7 @@ BLOCK = 64  # columns of a product with a triangular or into a symmetric matrix:
 BLOCKS_FROM = 128  # columns from which blocks pay
 FAR = 3  # deviations that a mean may move by; if more, the moments around it are taken again, as digits are lost
 LARGEST_JITTER = 1e6  # times each variance: any matrix of correlations is positive definite before
+COPIES = 16  # badly explained rows that are looked at for each that is wanted, as some may be equal
 EMPTY_MASS = 0.5  # a component that explains less than half a row is empty
 LOG_2PI = math.log(2 * math.pi)
 
@@ -183,10 +184,14 @@ class ExpectationMaximisation:
             factors = self._factors(previous)
             differences = (self._differences(chunk, previous.means) for _, chunk in self._chunks(len(previous.weights)))
             parts = [self._expect(part, factors)[1] for part in differences]
-        explained, rows = torch.cat(parts).topk(min(count, len(self.X)), largest=False)
+        explained, rows = torch.cat(parts).topk(min(COPIES * count, len(self.X)), largest=False)
         candidates = gathered(self.rows_at(rows), self.group)
-        order = gathered(explained, self.group).argsort(stable=True)
-        return candidates[order[:count]]
+        candidates = candidates[gathered(explained, self.group).argsort(stable=True)]
+        which = torch.unique(candidates, dim=0, return_inverse=True)[1]  # two at equal rows would stay one for ever
+        first = which.new_full((len(which),), len(which)).scatter_reduce_(
+            0, which, torch.arange(len(which), device=which.device), "amin"
+        )
+        return candidates[first[first < len(which)].sort().values[:count]]
 
     def _factors(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
         """What the E-step multiplies u - mu with, and the log of p_z times the normalising constant, [K, 1]."""

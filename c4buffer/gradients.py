@@ -16,14 +16,17 @@ from .transitions import Observations, Transitions, observation_leaves, with_lea
 def differentiable_inputs(observations: Observations, actions: Tensor) -> tuple[Observations, Tensor, list[Tensor]]:
     """Copies to differentiate by, and the leaves of x in order: x = (s, a), or s alone for discrete actions."""
     leaves = [
-        (leaf if leaf.is_floating_point() else leaf.float()).detach().requires_grad_()
-        for leaf in observation_leaves(observations)
+        _differentiable(leaf if leaf.is_floating_point() else leaf.float()) for leaf in observation_leaves(observations)
     ]
     observations = with_leaves(observations, leaves)
     if actions.is_floating_point():
-        actions = actions.detach().requires_grad_()
+        actions = _differentiable(actions)
         leaves = [*leaves, actions]
     return observations, actions, leaves
+
+
+def _differentiable(values: Tensor) -> Tensor:
+    return (values.clone() if values.is_inference() else values.detach()).requires_grad_()
 
 
 def flat_gradients(

@@ -14,6 +14,7 @@ from ._checks import check_choice, check_finite, check_integer, check_number, fa
 from .collective import Group, from_first, gathered, ranks_in
 from .expectation import Covariance, ExpectationMaximisation, Parameters
 from .faiss_kmeans import faiss_kmeans
+from .inference import in_full_precision
 from .kmeans import LLOYD_STEPS, centres_of, draw_centres, kmeans
 
 Start = Literal["k-means++", "faiss"]
@@ -76,6 +77,7 @@ class MixtureResult:
             log_likelihood=self.log_likelihood - float(scale.abs().log().sum()),
         )
 
+    @in_full_precision
     def _explain(self, X: Tensor) -> tuple[Tensor, float]:
         X = _checked_rows(X).to(torch.promote_types(X.dtype, self.means.dtype))
         if X.shape[1] != self.means.shape[1]:
@@ -141,6 +143,7 @@ class GaussianMixture:
         self.standardize = standardize
         self.process_group = process_group
 
+    @in_full_precision
     def fit(self, X: Tensor, *, initial: Tensor | MixtureResult | None = None) -> MixtureResult:
         """Fit to the rows of X [N, E], floating, on any device.
 
@@ -232,7 +235,7 @@ class GaussianMixture:
             warnings.warn(
                 f"n_components: {self.n_components} components for {len(centres)} distinct rows; "
                 f"the mixture has {len(centres)}.",
-                stacklevel=3,
+                stacklevel=4,
             )
         return from_first(centres, self.process_group)
 
@@ -252,9 +255,11 @@ class GaussianMixture:
         return gathered(found, self.process_group)
 
     def _checked_responsibilities(self, initial: Tensor, X: Tensor) -> Tensor:
-        if initial.shape != (len(X), self.n_components):
-            fail("initial", f"responsibilities {[len(X), self.n_components]}", shape_of(initial))
+        if not isinstance(initial, Tensor) or initial.shape != (len(X), self.n_components):
+            got = shape_of(initial) if isinstance(initial, Tensor) else type(initial).__name__
+            fail("initial", f"responsibilities {[len(X), self.n_components]}", got)
         check_finite("initial", initial)
+        initial = initial.detach()
         worst = float((initial.sum(dim=1) - 1).abs().max())
         if worst > 1e-3 or float(initial.min()) < 0:
             fail("initial", "responsibilities: not negative, rows that sum to one", f"rows that miss it by {worst:g}")

@@ -11,6 +11,7 @@ from torch import Tensor
 from ._checks import check_choice, check_finite, check_integer, fail
 from .clustering import Clusterer, MixtureClusterer
 from .collective import from_first, total
+from .inference import in_full_precision
 from .mixture import MixtureResult
 from .scaling import CHUNK_ROWS, column_scaling
 
@@ -27,9 +28,11 @@ class ReducedClusterer:
         clusterer: what clusters the reduced embeddings [N, max_dim]. If it has a `process_group`, the embeddings are
             standardised and reduced alike on all its ranks.
         max_dim: M, at least 1.
-        reduction: "projection": Gaussian random directions, which keep distances to about 1 / sqrt(M); "pca": the M
-            directions of the largest variance, anew at each call, so that the clusterer starts anew as well.
-        seed: of the random directions.
+        reduction: "projection": Gaussian random directions, which keep distances to about 1 / sqrt(M); "pca": the space
+            of the M directions of the largest variance, anew at each call, so that the clusterer starts anew as well.
+            It is turned at random: a clusterer that standardises the columns would make principal ones equally long,
+            and lose what tells the clusters apart among directions of noise.
+        seed: of the random directions, and of the turn.
     """
 
     def __init__(
@@ -51,12 +54,14 @@ class ReducedClusterer:
         found = getattr(self.clusterer, "mixture", None)
         return found if isinstance(found, MixtureResult) else None  # one of another kind is the clusterer's own affair
 
+    @in_full_precision
     def __call__(self, embeddings: Tensor, previous: Tensor | None = None) -> Tensor:
         """Responsibilities [N, K] of the rows of embeddings [N, E]."""
         if embeddings.ndim != 2 or embeddings.shape[1] <= self.max_dim:
             reduction, reduced = None, embeddings
         else:
             check_finite("embeddings", embeddings)
+            embeddings = embeddings.detach()
             reduction = self._found(embeddings)
             reduced = _reduced(embeddings, *reduction)
         # Principal directions turn from call to call: what was found in the old ones says nothing in the new.
@@ -65,11 +70,12 @@ class ReducedClusterer:
         self._map = reduction  # not before: a clusterer that fails keeps the mixture that it had
         return responsibilities
 
+    @in_full_precision
     def log_likelihood_of(self, embeddings: Tensor) -> float:
         """Mean over rows [M, E], reduced as in the last call, of what the inner clusterer says of them."""
         if not hasattr(self.clusterer, "log_likelihood_of"):
             fail("clusterer", "one with log_likelihood_of(embeddings)", type(self.clusterer).__name__)
-        reduced = embeddings if self._map is None else _reduced(embeddings, *self._map)
+        reduced = embeddings if self._map is None else _reduced(embeddings.detach(), *self._map)
         return float(self.clusterer.log_likelihood_of(reduced))
 
     def state_dict(self) -> dict[str, Any]:
@@ -87,9 +93,10 @@ class ReducedClusterer:
         """Mean and scale [E], and directions [E, M], for these embeddings."""
         group = getattr(self.clusterer, "process_group", None)
         mean, scale = column_scaling(embeddings, process_group=group)
+        rows = len(mean) if self.reduction == "projection" else self.max_dim
+        generator = torch.Generator().manual_seed(self.seed)
+        normal = torch.randn(rows, self.max_dim, generator=generator, dtype=torch.float64, device="cpu")
         if self.reduction == "projection":
-            generator = torch.Generator().manual_seed(self.seed)
-            normal = torch.randn(len(mean), self.max_dim, generator=generator, dtype=torch.float64, device="cpu")
             directions = normal / math.sqrt(self.max_dim)
         else:
             scatter = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=mean.device)
@@ -97,7 +104,8 @@ class ReducedClusterer:
                 standardised = ((part.double() - mean) / scale).to(embeddings)
                 scatter += (standardised.T @ standardised).double()
             vectors = torch.linalg.eigh(total(scatter, group))[1]  # of rising eigenvalues
-            directions = from_first(vectors[:, -self.max_dim :], group)
+            turn = torch.linalg.qr(normal)[0].to(vectors)
+            directions = from_first(vectors[:, -self.max_dim :] @ turn, group)
         return mean.to(embeddings), scale.to(embeddings), directions.to(embeddings)
 
 

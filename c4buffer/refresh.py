@@ -79,12 +79,17 @@ def refreshed(
     """
     started, rows = time.perf_counter(), sampler.size
     embeddings, projected = embed_rows(embedding, critics, rows, read, device=device, max_dim=clusterer.max_dim)
+    before = clusterer.state_dict()
     responsibilities = clusterer(embeddings, sampler.responsibilities if sampler.clustered else None)
-    if isinstance(responsibilities, Tensor) and not responsibilities.is_floating_point():
-        responsibilities = responsibilities.to(embeddings.dtype)  # hard clusters, as one_hot gives them
-    check_responsibilities(responsibilities, rows)
-    ranks = ranks_of_means(embeddings, responsibilities) if responsibilities.shape[1] > 1 else None
-    sampler.assign(responsibilities, distances=ranks, trajectories=trajectories)
+    try:
+        if isinstance(responsibilities, Tensor) and not responsibilities.is_floating_point():
+            responsibilities = responsibilities.to(embeddings.dtype)  # hard clusters, as one_hot gives them
+        check_responsibilities(responsibilities, rows)
+        ranks = ranks_of_means(embeddings, responsibilities) if responsibilities.shape[1] > 1 else None
+        sampler.assign(responsibilities, distances=ranks, trajectories=trajectories)
+    except Exception:
+        clusterer.load_state_dict(before)  # what it found is not in force
+        raise
     norms = [float("nan")] * 3
     if isinstance(embedding, str) and rows > 1 and not projected:
         target, online = embeddings.chunk(2, dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import shutil
@@ -169,16 +170,19 @@ class RingStorage:
             fail("form", f"those of {held} rows", ", ".join(state["form"]) or "no columns")
         if state["form"]:
             columns = {name: _from_layout(form) for name, form in state["form"].items()}
-            needed = self._room_for(held) * sum(
+            # A processor's memory is taken as it is written: of room for more rows, only those that come.
+            rows = held if self.device.type == "cpu" else self._room_for(held)
+            needed = rows * sum(
                 math.prod(leaf.shape[1:]) * leaf.element_size()
                 for value in columns.values()
                 for leaf in observation_leaves(value)
             )
-            room = free_bytes(self.device) if self.folder is None else shutil.disk_usage(self.folder).free
-            if needed > room:
-                where = f"the memory of {self.device}" if self.folder is None else f"the disk of {self.folder}"
-                fail("capacity", f"one whose rows fit {where}", f"{needed / 2**30:.1f} GiB")
-            self._make_room(Transitions.unchecked(columns), held)
+            if self.folder is None and needed > free_bytes(self.device):
+                fail("capacity", f"one whose rows fit the memory of {self.device}", f"{needed / 2**30:.1f} GiB")
+            try:
+                self._make_room(Transitions.unchecked(columns), held)
+            except (RuntimeError, MemoryError) as error:  # more than any machine could promise
+                fail("capacity", f"one whose rows fit the memory of {self.device}", f"{self.capacity} ({error})")
             for dtype, rows in self._rows.items():
                 saved = state["rows"][_name(dtype)]
                 if saved.dtype != dtype or saved.shape != (held, rows.shape[1]):
@@ -199,12 +203,17 @@ class RingStorage:
     def _allocate(self, transitions: Transitions, room: int) -> None:
         """Rows for transitions of this form."""
         leaves = [leaf for _, value in transitions.columns() for leaf in observation_leaves(value)]
-        rows = {}
+        rows: dict[torch.dtype, Tensor] = {}
         for dtype in dict.fromkeys(leaf.dtype for leaf in leaves):
             mine = [leaf for leaf in leaves if leaf.dtype == dtype]
             wide = [math.prod(leaf.shape[1:]) for leaf in mine if leaf.ndim > 1]
             self._widths[dtype] = wide, len(mine) - len(wide)
-            rows[dtype] = self._allocated(dtype, room, sum(wide) + len(mine) - len(wide))
+            try:
+                rows[dtype] = self._allocated(dtype, room, sum(wide) + len(mine) - len(wide))
+            except Exception:
+                for made in rows if self.folder is not None else ():
+                    self._file(made).unlink()
+                raise
         self._lay_out(rows, room, transitions)
 
     def _grow(self, room: int) -> None:
@@ -236,11 +245,17 @@ class RingStorage:
         path = self._file(dtype)
         if path.exists() and dtype not in self._rows:
             fail("folder", "one without the files of another buffer", str(path))
-        needed = room * width * dtype.itemsize - (path.stat().st_size if path.exists() else 0)
-        if needed > shutil.disk_usage(self.folder).free:  # writing to a full disk would end the process
-            fail("capacity", f"one whose rows fit the disk of {self.folder}", f"{needed / 2**30:.1f} GiB")
-        if path.exists():  # our own; torch, when it makes a file longer, overwrites the first byte
-            os.truncate(path, room * width * dtype.itemsize)
+        needed, before = room * width * dtype.itemsize, path.stat().st_size if path.exists() else 0
+        try:
+            _reserve(path, needed)
+        except OSError as error:
+            if before > 0:
+                os.truncate(path, before)
+            else:
+                path.unlink(missing_ok=True)
+            if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+                raise
+            fail("capacity", f"one whose rows fit the disk of {self.folder}", f"{(needed - before) / 2**30:.1f} GiB")
         rows = torch.from_file(str(path), shared=True, size=room * width, dtype=dtype)
         return rows.view(room, width)
 
@@ -257,6 +272,17 @@ class RingStorage:
                 same = _form(value) == _form(stored)
             if not same:
                 fail(name, f"rows like those stored, {_form(stored)}", _form(value))
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Make a file so long, on the disk: writing to one that is full, through a mapping, would end the process."""
+    if size - (path.stat().st_size if path.exists() else 0) > shutil.disk_usage(path.parent).free:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # before the disk is filled in vain
+    with path.open("ab") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
 
 
 def own_folder(owner: object, parent: str | os.PathLike[str] | None) -> Path:

@@ -188,6 +188,8 @@ class Transitions:
             fail("fields", "names among " + ", ".join(COLUMNS), ", ".join(unknown))
         checked = Transitions(**{**dict(self.columns()), **fields})
         columns = {**dict(self.columns()), **{name: getattr(checked, name) for name in fields}}
+        if "timeouts" in fields:  # as they are given: the constructor closes the last row
+            columns["timeouts"] = as_flags("timeouts", fields["timeouts"], len(checked), like=checked.rewards)
         return Transitions.unchecked(columns, indices=self.indices, cluster=self.cluster)
 
     @staticmethod
@@ -252,7 +254,7 @@ def _link_actions(actions: Tensor, terminals: Tensor, timeouts: Tensor, interval
     done = (terminals + timeouts) > 0
     episode = torch.cumsum(done, dim=0) - done.long()
     here = torch.arange(rows, device=actions.device)
-    ahead = here + intervals.clamp(max=rows).long()
+    ahead = here + intervals.double().clamp(max=rows).long()
     linked = ahead < rows
     linked &= episode[ahead.clamp(max=rows - 1)] == episode
     return actions[torch.where(linked, ahead, here)], linked.to(terminals.dtype)

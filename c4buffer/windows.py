@@ -34,8 +34,8 @@ class Windows:
 
     def check(self, transitions: Transitions) -> None:
         """Raise ValueError for rows that are no single steps, or that have no frames to stack."""
-        if self.n_steps > 1 and bool((transitions.intervals != 1).any()):
-            fail("intervals", "1, as n_steps makes the others when sampling", float(transitions.intervals.max()))
+        if bool((transitions.intervals != 1).any()):
+            fail("intervals", "1, as single steps are joined when sampling", float(transitions.intervals.max()))
         leaves = observation_leaves(transitions.observations)
         if self.frame_stack > 1 and not any(map(_is_image, leaves)):
             shapes = ", ".join(map(shape_of, leaves))

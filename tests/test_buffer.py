@@ -18,6 +18,7 @@ from sklearn.cluster import KMeans
 from sklearn.mixture import GaussianMixture as SklearnMixture
 from torch import Tensor, nn
 
+import c4buffer.refresh as refresh_file
 import c4buffer.storage as storage_file
 from c4buffer import (
     ClusteredReplayBuffer,
@@ -1033,3 +1034,33 @@ def test_a_step_may_come_in_arrays_that_are_read_backwards_or_only_read() -> Non
     assert torch.equal(buffer.sample(1).observations[0], torch.from_numpy(image[:, :, ::-1].copy()))
     with pytest.raises(ValueError, match="actions: expected numbers in one shape, got str"):
         buffer.add(image, "left", 0.0, image, False)
+
+
+@pytest.mark.parametrize("wrong", ["ranks", "responsibilities"])
+def test_a_refresh_that_fails_after_it_clustered_keeps_the_mixture_in_force(
+    wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffer = buffer_of()
+    buffer.refresh(Critics(CRITIC, TARGET))
+    weights, likelihood = buffer.mixture.weights.clone(), buffer.last_report.log_likelihood
+
+    def broken(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(refresh_file, "ranks_of_means" if wrong == "ranks" else "check_responsibilities", broken)
+    with pytest.raises(torch.OutOfMemoryError):
+        buffer.refresh(Critics(product(7), product(8)))
+    assert torch.equal(buffer.mixture.weights, weights)
+    assert buffer.mixture.log_likelihood == likelihood
+
+
+def test_autocast_changes_no_cluster() -> None:
+    data = transitions(5000)
+    found = []
+    for enabled in (False, True):
+        buffer = ClusteredReplayBuffer.from_transitions(data, n_clusters=3, seed=0)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            report = buffer.refresh(Critics(CRITIC, TARGET))
+        found.append((buffer.responsibilities, report.total, report.within, report.between))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1:] == found[1][1:]

@@ -650,3 +650,27 @@ def test_wrong_options_are_refused_by_name(arguments: dict[str, Any], message: s
 def test_a_critic_without_features_has_no_feature_penalty(batch: Transitions) -> None:
     with pytest.raises(ValueError, match="features: expected a callable, or a target with a method"):
         CovariancePenalty(1.0, kind="feature")(Critics(Linear(), Linear()), batch)
+
+
+def test_the_decomposition_is_the_same_under_autocast_and_of_gradients_with_a_graph() -> None:
+    g = torch.Generator().manual_seed(0)
+    target_g, online = 40 * torch.randn(2, 500, 15, generator=g)
+    r = torch.randn(500, 3, generator=g).softmax(dim=1)
+    plain = decompose_cross_covariance(target_g, online, r)
+    with torch.autocast("cpu", dtype=torch.float16):
+        found = decompose_cross_covariance(target_g, online, r)
+    assert all(map(torch.equal, plain, found))
+    online.requires_grad_()
+    parts = decompose_cross_covariance(target_g, online, r)
+    assert all(map(torch.equal, plain, (part.detach() for part in parts)))
+    (gradient,) = torch.autograd.grad(sum((part**2).sum() for part in parts), online)
+    assert bool(gradient.isfinite().all())
+
+
+def test_theorem_2_holds_in_single_precision_far_from_zero() -> None:
+    g = torch.Generator().manual_seed(0)
+    target_g, online = 1e6 + torch.randn(2, 2000, 4, generator=g)
+    whole, within, between = decompose_cross_covariance(
+        target_g, online, torch.randn(2000, 3, generator=g).softmax(dim=1)
+    )
+    assert float((whole - within - between).norm()) < 1e-5

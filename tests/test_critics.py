@@ -299,3 +299,15 @@ def test_a_network_that_is_put_in_place_of_another_is_read_in_eval_mode(batch: T
     stacked_gradients(critics, batch)
     agent.q = nn.Sequential(nn.Linear(5, 64), nn.Dropout(0.5), nn.Linear(64, 1))
     assert torch.equal(stacked_gradients(critics, batch), stacked_gradients(critics, batch))
+
+
+def test_networks_put_into_a_critic_later_are_evaluated_too() -> None:
+    critic = torch.nn.Module()
+    critic.hidden = torch.nn.Linear(2, 2)
+    critics = Critics([critic], [critic])
+    with critics.evaluating():
+        pass
+    critic.hidden = torch.nn.Sequential(torch.nn.Dropout(0.5), critic.hidden)
+    with critics.evaluating():
+        assert not any(module.training for module in critic.modules())
+    assert all(module.training for module in critic.modules())

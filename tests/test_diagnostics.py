@@ -397,3 +397,18 @@ def test_wrong_data_and_critics_are_named(critics: Critics, batch: Transitions) 
         diagnose(critics, ClusteredReplayBuffer(5))
     with pytest.raises(ValueError, match=r"critics: expected a Critics record, got list"):
         diagnose([], batch)  # type: ignore[arg-type]
+
+
+def test_critics_of_bare_parameters_beside_a_network_they_do_not_use_have_no_observation_1(batch: Transitions) -> None:
+    weight = nn.Parameter(torch.ones(batch.observations.shape[1], dtype=torch.float64))
+
+    class Bare:
+        def __init__(self) -> None:
+            self.unused = nn.Linear(2, 2)
+
+        def __call__(self, observations: Tensor, actions: Tensor) -> Tensor:
+            return (observations * weight).sum(dim=1) * actions.sum(dim=1)
+
+    found = diagnose(Critics(Bare(), Bare()), batch)
+    assert math.isnan(found.variance_cosine)
+    assert math.isfinite(found.total)

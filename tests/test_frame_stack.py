@@ -159,3 +159,19 @@ def test_without_images_there_is_nothing_to_stack() -> None:
     assert len(buffer) == 0
     with pytest.raises(ValueError, match="frame_stack: expected an integer of at least 1, got 0"):
         ClusteredReplayBuffer(10, frame_stack=0)
+
+
+def test_what_spans_several_steps_already_is_refused() -> None:
+    frames, flat = torch.zeros(4, *SHAPE, dtype=torch.uint8), torch.zeros(4, 1)
+    data = Transitions(
+        observations=frames,
+        actions=flat,
+        rewards=flat,
+        next_observations=frames,
+        terminals=flat,
+        intervals=flat + 3,
+    )
+    buffer = ClusteredReplayBuffer(10, frame_stack=2)
+    with pytest.raises(ValueError, match="intervals: expected 1, as single steps are joined when sampling, got 3"):
+        buffer.extend(data)
+    assert len(buffer) == 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from c4buffer import Critics, Transitions, stacked_gradients
+from c4buffer import CovariancePenalty, Critics, Transitions, stacked_gradients
 
 STEP = 1e-5  # of the central differences, in float64: truncation and rounding are both about 1e-10
 
@@ -243,3 +243,23 @@ def test_gradients_are_the_same_under_no_grad(batch: Transitions, pair: tuple[nn
     expected = stacked_gradients(Critics(*pair), batch)
     with torch.no_grad():
         assert torch.equal(stacked_gradients(Critics(*pair), batch), expected)
+
+
+def test_transitions_made_in_inference_mode_have_gradients() -> None:
+    rows = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    critic = torch.nn.Bilinear(3, 2, 1)
+
+    def made() -> Transitions:
+        return Transitions(
+            observations=rows.clone(),
+            actions=rows[:, :2].clone(),
+            rewards=rows[:, 0].clone(),
+            next_observations=rows.clone(),
+            terminals=torch.zeros(6),
+        )
+
+    critics = Critics(critic, critic)
+    with torch.inference_mode():
+        batch = made()
+    assert torch.equal(stacked_gradients(critics, batch), stacked_gradients(critics, made()))
+    assert torch.equal(CovariancePenalty(1.0)(critics, batch), CovariancePenalty(1.0)(critics, made()))

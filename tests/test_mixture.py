@@ -890,3 +890,31 @@ def test_a_start_of_more_components_is_refused_and_one_of_fewer_keeps_them() -> 
     with pytest.raises(ValueError, match="^initial: expected at most 2 components, got 4$"):
         GaussianMixture(2).fit(X, initial=found)
     assert GaussianMixture(6).fit(X, initial=found).weights.shape == (4,)
+
+
+def test_autocast_changes_nothing() -> None:
+    X = 1e5 * torch.randn(3000, 6, generator=torch.Generator().manual_seed(0))
+    plain = GaussianMixture(3).fit(X)
+    with torch.autocast("cpu", dtype=torch.float16):
+        found = GaussianMixture(3).fit(X)
+        assert torch.equal(found.responsibilities_of(X), plain.responsibilities_of(X))
+    assert torch.equal(found.responsibilities, plain.responsibilities)
+    assert torch.equal(found.covariances, plain.covariances)
+
+
+def test_responsibilities_to_start_from_may_have_a_graph_and_are_a_tensor() -> None:
+    X, start = blobs()
+    found = GaussianMixture(3).fit(X, initial=start.clone().requires_grad_())
+    assert torch.equal(found.responsibilities, GaussianMixture(3).fit(X, initial=start).responsibilities)
+    with pytest.raises(ValueError, match=r"initial: expected responsibilities \[300, 3\], got ndarray"):
+        GaussianMixture(3).fit(X, initial=start.numpy())
+
+
+@pytest.mark.parametrize("covariance", FORMS)
+def test_components_that_start_again_do_so_at_rows_that_differ(covariance: Any) -> None:
+    g = torch.Generator().manual_seed(0)
+    X = torch.cat([torch.randn(300, 2, generator=g), torch.tensor([[40.0, 40.0]]).repeat(5, 1)])
+    start = torch.zeros(len(X), 3)
+    start[:, 0] = 1
+    found = GaussianMixture(3, covariance=covariance, max_iterations=5).fit(X, initial=start)
+    assert float((found.responsibilities[:, 1] - found.responsibilities[:, 2]).abs().max()) > 0.1

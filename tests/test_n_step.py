@@ -183,6 +183,6 @@ def test_what_spans_several_steps_already_is_refused() -> None:
         observations=rows, actions=rows, rewards=rows, next_observations=rows, terminals=rows, intervals=rows + 2
     )
     buffer = ClusteredReplayBuffer(10, n_steps=2)
-    with pytest.raises(ValueError, match="intervals: expected 1, as n_steps makes the others when sampling, got 2"):
+    with pytest.raises(ValueError, match="intervals: expected 1, as single steps are joined when sampling, got 2"):
         buffer.extend(data)
     assert len(buffer) == 0

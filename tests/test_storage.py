@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -450,3 +451,55 @@ def test_rows_that_the_disk_can_not_hold_are_refused(tmp_path: Path, monkeypatch
     with pytest.raises(ValueError, match="capacity: expected one whose rows fit the disk of"):
         buffer.extend(data)
     assert len(buffer) == 0
+
+
+def one_part(rows: int = 3) -> Transitions:
+    part = torch.ones(rows, 2)
+    return Transitions(
+        observations=torch.ones(rows, 4, dtype=torch.uint8),
+        actions=part,
+        rewards=part[:, 0],
+        next_observations=torch.ones(rows, 4, dtype=torch.uint8),
+        terminals=part[:, 0],
+    )
+
+
+def test_a_disk_that_is_full_meanwhile_leaves_no_files_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reserved: list[int] = []
+
+    def reserve(file: int, start: int, size: int) -> None:
+        reserved.append(size)
+        if len(reserved) == 2:  # of the second dtype's rows
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", reserve, raising=False)
+    buffer = ClusteredReplayBuffer(1000, storage="memmap", folder=tmp_path)
+    with pytest.raises(ValueError, match="capacity: expected one whose rows fit the disk of"):
+        buffer.extend(one_part())
+    assert len(reserved) == 2
+    assert not list(tmp_path.glob("*/*.rows"))
+    monkeypatch.undo()
+    buffer.extend(one_part())
+    assert len(buffer) == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="files are sparse on this system")
+def test_memory_mapped_rows_are_reserved_on_the_disk(tmp_path: Path) -> None:
+    buffer = ClusteredReplayBuffer(100_000, storage="memmap", folder=tmp_path)
+    buffer.extend(one_part())
+    for path in tmp_path.glob("*/*.rows"):
+        assert path.stat().st_blocks * 512 >= path.stat().st_size > 100_000
+
+
+def test_a_capacity_beyond_the_memory_is_loaded_while_its_rows_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffer = ClusteredReplayBuffer(100_000, seed=0)
+    buffer.extend(one_part())
+    buffer.save(tmp_path / "buffer")
+    monkeypatch.setattr(storage_file, "free_bytes", lambda device: 10_000)
+    loaded = ClusteredReplayBuffer.load(tmp_path / "buffer")
+    assert torch.equal(loaded.sample(8).indices, buffer.sample(8).indices)
+    monkeypatch.setattr(storage_file, "free_bytes", lambda device: 10)
+    with pytest.raises(ValueError, match="capacity: expected one whose rows fit the memory of cpu"):
+        ClusteredReplayBuffer.load(tmp_path / "buffer")

@@ -426,3 +426,19 @@ def test_arrays_that_are_reversed_or_read_only_are_taken() -> None:
     frozen.flags.writeable = False
     for values in (np.arange(4.0)[::-1], frozen):
         assert build(4).replace(rewards=values).rewards.tolist() == values.tolist()
+
+
+def test_more_rows_than_half_precision_counts_are_linked() -> None:
+    rows = 70_000
+    columns = {name: torch.zeros(rows, 1, dtype=torch.float16) for name in ("observations", "next_observations")}
+    actions = torch.arange(rows).double().unsqueeze(1)
+    t = Transitions(**columns, actions=actions, rewards=torch.zeros(rows).half(), terminals=torch.zeros(rows))
+    assert torch.equal(t.next_actions[:-1], actions[1:])
+
+
+def test_replaced_timeouts_are_what_was_given() -> None:
+    t = build(4)[torch.tensor([0, 1])]  # drawn: no row of them is the end of a recording
+    assert t.replace(timeouts=t.timeouts).timeouts.tolist() == [0, 0]
+    assert t.replace(timeouts=[1, 0]).timeouts.tolist() == [1, 0]
+    with pytest.raises(ValueError, match="timeouts: expected 0 or 1"):
+        t.replace(timeouts=[2, 0])

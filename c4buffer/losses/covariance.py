@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from .._checks import check_choice, check_number, fail, shape_of
 from ..critics import Critics, check_critics, member_features
 from ..gradients import paired_gradients
+from ..inference import in_full_precision, without_autocast
 from ..memory import floats_at_once
 from ..partition import check_responsibilities
 from ..scaling import CHUNK_ROWS
@@ -33,7 +34,7 @@ def cross_covariance(target_gradients: Tensor, gradients: Tensor) -> Tensor:
         ValueError: for shapes that differ or fewer than two rows.
     """
     _check_pair(target_gradients, gradients)
-    with _without_autocast(gradients):
+    with without_autocast(gradients.device.type):
         # C = sum_i (g'_i - mean g') (g_i - mean g)^T / (B - 1)
         return _centred(target_gradients).T @ _centred(gradients) / (len(gradients) - 1)
 
@@ -53,7 +54,7 @@ def covariance_penalty(target_gradients: Tensor, gradients: Tensor, *, trace_wei
     if columns <= rows:
         c = cross_covariance(target_gradients, gradients)
         return c.square().sum() + trace_weight * c.trace().square()
-    with _without_autocast(gradients):
+    with without_autocast(gradients.device.type):
         target_centred, centred = _centred(target_gradients), _centred(gradients)
         # ||C||_F^2 = tr(G'^T G G^T G') / (B - 1)^2 = sum_ij (G' G'^T)_ij (G G^T)_ij / (B - 1)^2, centred G', G [B, D]
         norm = ((target_centred @ target_centred.T) * (centred @ centred.T)).sum()
@@ -61,6 +62,7 @@ def covariance_penalty(target_gradients: Tensor, gradients: Tensor, *, trace_wei
         return (norm + trace_weight * trace.square()) / (rows - 1) ** 2
 
 
+@in_full_precision
 def decompose_cross_covariance(
     target_gradients: Tensor, gradients: Tensor, responsibilities: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,7 +87,8 @@ def decompose_cross_covariance(
     width = gradients.shape[1]
     size = max(1, floats_at_once(gradients.device, cached=CHUNK_ROWS * width) // width)
     # mu'_z and mu_z, [K, D]; deviations from the mean of all, which lose fewer digits
-    target_means, means = torch.zeros(2, len(mass), gradients.shape[1], dtype=mean.dtype, device=mean.device)
+    means = torch.zeros(len(mass), gradients.shape[1], dtype=mean.dtype, device=mean.device)
+    target_means = torch.zeros_like(means)
     for target_part, part, r in zip(*(column.split(size) for column in columns)):
         target_means += r.T @ (target_part - target_mean)
         means += r.T @ (part - mean)
@@ -99,10 +102,11 @@ def decompose_cross_covariance(
         for z in range(len(mass)):
             # p_z C_z = sum_i r_iz (g'_i - mu'_z) (g_i - mu_z)^T / N
             within += ((target_part - target_means[z]) * r[:, z : z + 1]).T @ (part - means[z])
-    # the mean of mu_z is that of all but for rounding
+    # the mean of mu_z is that of all, zero, but for rounding
     p = (mass / rows).unsqueeze(1)
-    between = (p * (target_means - (p * target_means).sum(dim=0))).T @ (means - (p * means).sum(dim=0))
-    return total / rows, within / rows, between
+    target_left, left = (p * target_means).sum(dim=0), (p * means).sum(dim=0)
+    between = (p * (target_means - target_left)).T @ (means - left)
+    return total / rows - target_left.outer(left), within / rows, between
 
 
 class CovariancePenalty:
@@ -211,13 +215,6 @@ def rounding_noise(gradients: Tensor) -> Tensor:
     precision = torch.finfo(gradients.dtype)
     roundings = HALF_ROUNDINGS if precision.bits == 16 else ROUNDINGS
     return precision.tiny + (roundings * precision.eps) ** 2 * gradients.detach().square().sum(dim=1).mean()
-
-
-def _without_autocast(gradients: Tensor) -> AbstractContextManager[object]:
-    """Products of gradients in float16 overflow where the gradients are no longer than a few hundred."""
-    kind = gradients.device.type
-    autocasting = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if autocasting else nullcontext()
 
 
 def _centred(values: Tensor) -> Tensor:
