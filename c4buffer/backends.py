@@ -70,7 +70,7 @@ class SklearnClusterer:
     would draw from NumPy's global generator, which is not touched either.
 
     Args:
-        estimator: such as `sklearn.mixture.BayesianGaussianMixture(10)` or `sklearn.cluster.HDBSCAN()`.
+        estimator: such as `sklearn.mixture.BayesianGaussianMixture(n_components=10)` or `sklearn.cluster.HDBSCAN()`.
 
     Attributes:
         estimator_: the fitted copy of the last call; None before the first.

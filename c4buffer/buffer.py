@@ -291,6 +291,7 @@ class ClusteredReplayBuffer:
         """
         critics = _checked_critics(self._critics if critics is None else critics)
         trajectories = None if self._trajectories is None else self._trajectories.of(len(self))
+        self._rows.adopt(self)
         report = self._rows.refresh(critics, self.rows, device=self.device, trajectories=trajectories)
         if self._critics is not None:
             self._rows.note(self)

@@ -113,6 +113,11 @@ class ClusteredRows:
         self._next_refresh = self.batches + max(1000, rows // 10)
         return self.last_report
 
+    def adopt(self, holder: Any) -> None:
+        """Before a refresh: a policy that was copied together with its holder still knows it by the last report."""
+        if isinstance(self.policy, OnDrift):
+            self.policy.adopt(holder)
+
     def note(self, holder: Any) -> None:
         """After a refresh by the critics that batches are drawn for: what `OnDrift` compares the next ones with."""
         if isinstance(self.policy, OnDrift):

@@ -168,6 +168,7 @@ class OnDrift:
         self.forget()
 
     def __call__(self, step: int, buffer: ClusteredReplayBuffer) -> bool:
+        self.adopt(buffer)
         if buffer.last_report is None or not buffer.clustered:
             return True
         if self.note(buffer) or step % self.check_every:
@@ -176,10 +177,9 @@ class OnDrift:
 
     def note(self, buffer: ClusteredReplayBuffer) -> bool:
         """Note how likely the probe set is under the last clustering, if that is new; whether it was."""
+        self.adopt(buffer)
         report = buffer.last_report
-        if self._buffer is None and report is self._report:  # copied together with its buffer
-            self._buffer = weakref.ref(buffer)
-        elif self._buffer is None or self._buffer() is not buffer:
+        if self._buffer is None or self._buffer() is not buffer:
             self.forget()
             self._buffer = weakref.ref(buffer)
         if report is self._report:
@@ -189,6 +189,11 @@ class OnDrift:
         self._reference = buffer.log_likelihood_of(self._probe)
         self._report = report
         return True
+
+    def adopt(self, buffer: ClusteredReplayBuffer) -> None:
+        """Serve the buffer that this was copied together with, whose last report is the one that was noted."""
+        if self._buffer is None and self._report is not None and self._report is buffer.last_report:
+            self._buffer = weakref.ref(buffer)
 
     @staticmethod
     def check_clusterer(clusterer: object) -> None:

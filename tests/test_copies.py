@@ -228,3 +228,22 @@ def test_numbers_of_numpy_do_as_well(tmp_path: Path, make_transitions: MakeTrans
     buffer.save(tmp_path / "buffer")
     twin = ClusteredReplayBuffer.load(tmp_path / "buffer")
     assert torch.equal(twin.sample(8).indices, buffer.sample(8).indices)
+
+
+@copies
+def test_the_copy_of_a_policy_keeps_its_probe_when_a_refresh_comes_first(
+    copied: Copy, make_transitions: MakeTransitions
+) -> None:
+    policy = OnDrift(1.0, check_every=5, probe_size=16)
+    buffer = ClusteredReplayBuffer(200, n_clusters=2, refresh=policy, seed=0)
+    buffer.extend(make_transitions(100))
+    buffer.attach(critics())
+    buffer.sample(8)
+    buffer.extend(make_transitions(100))
+    twin = copied(buffer)
+    for each in (buffer, twin):
+        each.attach(critics())
+        each.refresh()
+    twins_policy = twin._rows.policy
+    assert isinstance(twins_policy, OnDrift)
+    assert torch.equal(policy.state_dict()["probe"], twins_policy.state_dict()["probe"])

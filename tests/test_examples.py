@@ -94,6 +94,16 @@ def test_the_page_on_d3rlpy_runs_as_printed_but_for_its_length_and_its_gpu(tmp_p
     run("program.py", cwd=tmp_path)
 
 
+def test_the_page_on_active_runs_as_printed_but_for_its_length_and_its_gpu(tmp_path: Path) -> None:
+    programs = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "active.md").read_text(), flags=re.DOTALL)
+    preamble = D3RLPY_PREAMBLE.replace("[:300]", "[:2500]")  # of one trajectory, returns would have no span
+    program = preamble + "\n".join(programs)
+    program = re.sub(r"n_steps=\d+_000", "n_steps=2, n_steps_per_epoch=2", program).replace("cuda:0", "cpu")
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    (tmp_path / "program.py").write_text(program)
+    run("program.py", cwd=tmp_path)
+
+
 def test_the_page_on_torchrl_runs_as_printed_but_for_its_length(tmp_path: Path) -> None:
     (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "torchrl.md").read_text(), flags=re.DOTALL)
     (tmp_path / "data").symlink_to(ROOT / "data")

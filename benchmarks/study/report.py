@@ -4,10 +4,8 @@
 
 Writes results/GRID.md, GRID_scores.png and GRID_curves.png. Differences are paired: the same dataset and seed, with the
 arm and without. Intervals are 95%, from a stratified bootstrap (runs resampled within each dataset), where there are at
-least three pairs of each dataset. From so few they are too narrow: with three pairs of each of two datasets such an
-interval holds the truth in 86% of cases where the datasets are alike, and in 60% where an arm gains 45 on one and loses
-10 on the other; with ten in 93% and 84% (1,500 simulated tables each). Student's intervals, of one dataset's pairs, are
-wide, and hold what they promise where differences are normal.
+least three pairs of each dataset. From so few they are too narrow: `coverage.py` tells how often such an interval holds
+the truth. Student's intervals, of one dataset's pairs, are wide, and hold what they promise of normal differences.
 """
 
 from __future__ import annotations

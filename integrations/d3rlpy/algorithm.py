@@ -1,9 +1,11 @@
 """The seam: runtime subclasses of d3rlpy's algorithm and of its implementation object."""
 
 import dataclasses
+import errno
 import functools
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -206,6 +208,7 @@ class C4Algorithm(QLearningAlgoBase):
             path: what `algo.c4_buffer.save(path)` wrote during or after a fit of the same dataset.
 
         Raises:
+            FileNotFoundError: where there is none.
             ValueError: from that `fit`, for a file that is damaged or of other transitions or options.
 
         .. code-block:: python
@@ -219,6 +222,8 @@ class C4Algorithm(QLearningAlgoBase):
             algo.c4_resume("buffer.safetensors")
             algo.fit(dataset, n_steps=50_000)
         """
+        if not Path(path).is_file():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
         self._c4_saved = path
 
     def update(self, batch: Any) -> dict[str, float]:

@@ -148,6 +148,7 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
         with self._lock:
             storage = self._followed()
             self._follow(storage)
+            self._rows.adopt(self)
             report = self._rows.refresh(
                 critics,
                 lambda start, stop: stored(

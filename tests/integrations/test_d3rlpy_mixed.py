@@ -107,7 +107,7 @@ def test_returns_to_go_are_those_of_each_shares_episodes() -> None:
             assert returned == pytest.approx(table[tuple(observation)], rel=1e-4, abs=1e-4)
 
 
-def test_a_mixed_buffer_online_needs_a_picker_that_looks_back_in_what_grows_alone() -> None:
+def test_a_mixed_buffer_online_needs_a_picker_that_looks_back_in_what_grows_alone(tmp_path: Path) -> None:
     env = gymnasium.make("Pendulum-v1")
     ahead = MultiStepTransitionPicker(n_steps=3, gamma=0.99)
     mixed = MixedReplayBuffer(
@@ -119,6 +119,9 @@ def test_a_mixed_buffer_online_needs_a_picker_that_looks_back_in_what_grows_alon
         C4Config(base=small(SACConfig)).create().fit_online(env, mixed)
     own = create_fifo_replay_buffer(100, env=env)
     algo = C4Config(base=small(SACConfig)).create()
-    algo.c4_resume("somewhere")
+    with pytest.raises(FileNotFoundError, match="somewhere"):
+        algo.c4_resume(tmp_path / "somewhere")
+    (tmp_path / "somewhere").touch()
+    algo.c4_resume(tmp_path / "somewhere")
     with pytest.raises(ValueError, match="c4_resume: expected a fit of one dataset after it, got fit with a Mixed"):
         algo.fit(MixedReplayBuffer(own, own, secondary_mix_ratio=0.5), n_steps=1)
