@@ -27,7 +27,7 @@ BASELINE = "plain"
 FEWEST = 3  # pairs of a dataset, for an interval
 COLOURS = ("#6b7280", "#e69f00", "#56b4e9", "#009e73", "#000000", "#0072b2", "#cc79a7", "#d55e00")
 CURVES = {
-    "scores": "normalised score, mean of five evaluations",
+    "scores": "score, mean of five evaluations",
     "mean_q": "mean Q",
     "td_loss": "TD loss",
     "between": "between-cluster cross-covariance",
@@ -282,12 +282,14 @@ def draw_scores(records: list[dict[str, Any]], arms: Sequence[str]) -> Figure:
 
 
 def draw_curves(records: list[dict[str, Any]], arms: Sequence[str]) -> Figure:
-    """Median over seeds of what was measured in training: a row a dataset, a panel a quantity."""
+    """Median over seeds of what was measured in training: a column a dataset, a row a quantity."""
     datasets = sorted({record["dataset"] for record in records})
-    figure = Figure(figsize=(4 * len(CURVES), 3.4 * len(datasets)), dpi=110, layout="constrained")
-    rows = figure.subplots(len(datasets), len(CURVES), squeeze=False)
-    for row, dataset in zip(rows, datasets):
-        for panel, (name, title) in zip(row, CURVES.items()):
+    figure = Figure(figsize=(4.4 * len(datasets), 2.6 * len(CURVES)), dpi=110, layout="constrained")
+    panels = figure.subplots(len(CURVES), len(datasets), squeeze=False, sharex="col")
+    for column, dataset in zip(panels.T, datasets):
+        column[0].set_title(dataset)
+        column[-1].set_xlabel("updates")
+        for panel, (name, label) in zip(column, CURVES.items()):
             off: list[Any] = []
             for i, arm in enumerate(arms):
                 runs = [record for record in records if record["arm"] == arm and record["dataset"] == dataset]
@@ -302,7 +304,7 @@ def draw_curves(records: list[dict[str, Any]], arms: Sequence[str]) -> Figure:
                     off.append((times, curve, style(i)))
                     continue
                 panel.plot(times, curve, **style(i))
-            panel.set(title=title if dataset == datasets[0] else "", xlabel="updates")
+            panel.set_ylabel(label if dataset == datasets[0] else "")
             if name in LOGARITHMIC:
                 panel.set_yscale("log")
             limits = panel.get_ylim()
@@ -312,9 +314,8 @@ def draw_curves(records: list[dict[str, Any]], arms: Sequence[str]) -> Figure:
                 panel.set_ylim(limits)
             panel.spines[["top", "right"]].set_visible(False)
             panel.grid(color="#e5e7eb")
-        row[0].set_ylabel(dataset)
     handles = [Line2D([], [], label=arm, **style(i)) for i, arm in enumerate(arms)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(COLOURS), frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=2 * len(datasets), frameon=False)
     return figure
 
 
