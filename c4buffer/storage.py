@@ -279,9 +279,11 @@ def _reserve(path: Path, size: int) -> None:
     if size - (path.stat().st_size if path.exists() else 0) > shutil.disk_usage(path.parent).free:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # before the disk is filled in vain
     with path.open("ab") as file:
-        if hasattr(os, "posix_fallocate"):
+        try:
             os.posix_fallocate(file.fileno(), 0, size)
-        else:
+        except (AttributeError, OSError) as error:  # a system, or a file system, that reserves nothing
+            if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
             file.truncate(size)
 
 

@@ -483,6 +483,16 @@ def test_a_disk_that_is_full_meanwhile_leaves_no_files_behind(tmp_path: Path, mo
     assert len(buffer) == 3
 
 
+def test_where_nothing_is_reserved_files_are_made_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reserve(file: int, start: int, size: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", reserve, raising=False)
+    buffer = ClusteredReplayBuffer(1000, storage="memmap", folder=tmp_path)
+    buffer.extend(one_part())
+    assert buffer.sample(4).observations.tolist() == [[1] * 4] * 4
+
+
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="files are sparse on this system")
 def test_memory_mapped_rows_are_reserved_on_the_disk(tmp_path: Path) -> None:
     buffer = ClusteredReplayBuffer(100_000, storage="memmap", folder=tmp_path)
