@@ -1,14 +1,12 @@
-"""The seam: runtime subclasses of d3rlpy's algorithm and of its implementation object."""
+"""The seam: a runtime subclass of d3rlpy's algorithm, whose fits draw from a clustered buffer."""
 
-import dataclasses
 import errno
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from d3rlpy.algos import (
     AWAC,
     BC,
@@ -33,24 +31,19 @@ from d3rlpy.algos import (
     DoubleDQN,
     PLASWithPerturbation,
     QLearningAlgoBase,
-    QLearningAlgoImplBase,
     RandomPolicy,
     ReBRAC,
     TD3PlusBC,
 )
 from d3rlpy.dataset import MixedReplayBuffer, ReplayBufferBase, create_fifo_replay_buffer
-from d3rlpy.torch_utility import TorchMiniBatch
 
-from c4buffer import ClusteredReplayBuffer, Clusterer, CovariancePenalty, Critics
-from c4buffer._checks import fail, shape_of
+from c4buffer import ClusteredReplayBuffer, Clusterer, Critics
+from c4buffer._checks import fail
 
 from .active import ACTIVE
 from .batches import Batches, MixedBatches, call_of_fitter, updated, view_of
 from .config import C4Config
-from .dataset import from_mini_batch
-from .graphs import capture_twice
-from .reading import critics_of_impl, is_discrete
-from .sharing import can_be_shared, takes_values, values_kept
+from .implementation import arm_impl, bare, follow
 
 CONTINUOUS = (
     DDPG,
@@ -73,7 +66,6 @@ CONTINUOUS = (
 DISCRETE = (DQN, DoubleDQN, NFQ, DiscreteCQL, DiscreteBCQ, DiscreteSAC)
 SUPPORTED = (*CONTINUOUS, *DISCRETE)
 ONLINE_CAPACITY = 1_000_000  # d3rlpy's own defaults of fit_online, for its buffer and its steps
-SETTINGS = ("penalty_weight", "penalty_kind", "penalty_scale", "penalty_every", "trace_weight", "next_action")
 WITHOUT_CRITIC = (BC, DiscreteBC, RandomPolicy, DiscreteRandomPolicy)
 
 
@@ -103,7 +95,7 @@ def armed(algo: Any, config: C4Config) -> Any:
     """The algorithm, given C4's subclass and config."""
     _check_supported(algo)
     if algo.impl is not None:
-        _arm_impl(algo.impl, config)
+        arm_impl(algo.impl, config)
     algo.__class__ = _algorithm_class(algo.__class__)
     algo._c4_config = config
     algo._c4_reported = None
@@ -144,7 +136,7 @@ class C4Algorithm(QLearningAlgoBase):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = {**self.__dict__, "_c4_batches": None, "_c4_reported": None}  # no copies of the data
-        return _bare, (_algorithm_class, type(self).__bases__[1]), state
+        return bare, (_algorithm_class, type(self).__bases__[1]), state
 
     @property
     def config(self) -> Any:
@@ -168,7 +160,7 @@ class C4Algorithm(QLearningAlgoBase):
 
     def inner_create_impl(self, observation_shape: Any, action_size: int) -> None:
         super().inner_create_impl(observation_shape, action_size)
-        _arm_impl(self._impl, self._c4_config)
+        arm_impl(self._impl, self._c4_config)
 
     def fitter(self, dataset: Any, *arguments: Any, **options: Any) -> Iterator[tuple[int, dict[str, float]]]:
         """d3rlpy's `fitter`, drawing its batches from a ClusteredReplayBuffer of the dataset."""
@@ -251,121 +243,13 @@ class C4Algorithm(QLearningAlgoBase):
         """A fit with these batches, and with the config's settings as they stand."""
         self._c4_batches = batches
         if self._impl is not None:
-            _follow(self._impl, self._c4_config)
+            follow(self._impl, self._c4_config)
 
     def _c4_view(self, dataset: Any) -> Any:
         assert self._c4_batches is not None
         return view_of(dataset, self._c4_batches.sample)
 
 
-class C4Impl(QLearningAlgoImplBase):
-    """What C4 adds to an implementation object: the penalty in the critic loss.
-
-    Attributes:
-        c4_critics: the networks as Critics.
-        c4_penalty: `(critics, batch) -> scalar`; may be replaced after the networks are built. With a number of 0 as
-            its `weight` it is not called. A CovariancePenalty of gradients also gets the TD loss's values, where the
-            networks allow it.
-    """
-
-    c4_critics: Critics
-    c4_penalty: Any
-    _c4_made: CovariancePenalty  # by the config
-    _c4_settings: tuple[Any, ...]  # what it was made of
-    _c4_every: int
-    _c4_due: bool
-    _c4_shares: bool
-    _c4_discrete: bool
-    _c4_penalties: list[torch.Tensor]  # of the running update, where no loss record takes them
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _bare, (_impl_class, type(self).__bases__[1]), self.__dict__
-
-    def inner_update(self, batch: TorchMiniBatch, grad_step: int) -> dict[str, float]:
-        weight = getattr(self.c4_penalty, "weight", None)
-        off = isinstance(weight, (int, float)) and weight == 0
-        self._c4_due = not off and grad_step % self._c4_every == 0
-        self._c4_penalties.clear()
-        metrics: dict[str, float] = super().inner_update(batch, grad_step)
-        for penalty in self._c4_penalties:
-            metrics["c4_penalty"] = float(penalty)
-        return metrics
-
-    def compute_critic_loss(self, batch: TorchMiniBatch, q_tpn: torch.Tensor) -> Any:
-        """The loss of an actor-critic's critic, with the penalty when it is due."""
-        return self._c4_penalised(super().compute_critic_loss, batch, q_tpn)
-
-    def compute_loss(self, batch: TorchMiniBatch, q_tpn: torch.Tensor) -> Any:
-        """The loss of a Q-function without an actor, with the penalty when it is due."""
-        return self._c4_penalised(super().compute_loss, batch, q_tpn)
-
-    def _c4_penalised(self, compute: Callable[..., Any], batch: TorchMiniBatch, q_tpn: torch.Tensor) -> Any:
-        if not self._c4_due:
-            return compute(batch, q_tpn)
-        options: dict[str, Any] = {}
-        if self._c4_shares and takes_values(self.c4_penalty):
-            with values_kept(self.modules.q_funcs, batch) as (copies, values):
-                loss = compute(batch, q_tpn)
-            if len(values) == len(self.modules.q_funcs):
-                batch, options["values"] = copies, values
-        else:
-            loss = compute(batch, q_tpn)
-        penalty = self.c4_penalty(self.c4_critics, from_mini_batch(batch, discrete=self._c4_discrete), **options)
-        if not isinstance(penalty, torch.Tensor) or penalty.ndim > 0:
-            got = shape_of(penalty) if isinstance(penalty, torch.Tensor) else type(penalty).__name__
-            fail("c4_penalty", "a callable that returns a tensor of one number, []", got)
-        if isinstance(loss, torch.Tensor):  # DiscreteSAC's
-            self._c4_penalties.append(penalty.detach())
-            return loss + self._c4_every * penalty
-        parts = {field.name: getattr(loss, field.name) for field in dataclasses.fields(loss)}
-        name = "critic_loss" if "critic_loss" in parts else "loss"
-        parts[name] = parts[name] + self._c4_every * penalty
-        return _loss_class(loss.__class__)(**parts, c4_penalty=penalty.detach())
-
-
-def _arm_impl(impl: Any, config: C4Config) -> None:
-    impl._c4_discrete = is_discrete(impl)
-    impl._c4_shares = can_be_shared(impl.modules.q_funcs)
-    impl._c4_due = False
-    impl._c4_penalties = []
-    impl._c4_settings = ()
-    impl._c4_made = impl.c4_penalty = None
-    _follow(impl, config)
-    impl.__class__ = _impl_class(impl.__class__)
-    capture_twice(impl)
-
-
-def _follow(impl: Any, config: C4Config) -> None:
-    """Take the config's settings, where they have changed; a penalty that was put in place of theirs stays."""
-    settings = tuple(getattr(config, name) for name in SETTINGS)
-    if settings == impl._c4_settings:
-        return
-    critics = critics_of_impl(impl, next_action=config.next_action)
-    kind: Any = config.penalty_kind
-    scale: Any = config.penalty_scale if kind == "gradient" else "raw"
-    made = CovariancePenalty(config.penalty_weight, trace_weight=config.trace_weight, scale=scale, kind=kind)
-    if impl.c4_penalty is impl._c4_made:
-        impl.c4_penalty = made
-    impl.c4_critics, impl._c4_made = critics, made
-    impl._c4_every, impl._c4_settings = config.penalty_every, settings
-
-
-def _bare(subclass_of: Callable[[Any], type], base: Any) -> Any:
-    """An object for a copy or a pickle to fill; pickle finds no class by name that was made at run time."""
-    return object.__new__(subclass_of(base))
-
-
 @functools.cache
 def _algorithm_class(base: Any) -> type:
     return type(f"C4{base.__name__}", (C4Algorithm, base), {"__module__": __name__, "__doc__": base.__doc__})
-
-
-@functools.cache
-def _impl_class(base: Any) -> type:
-    return type(f"C4{base.__name__}", (C4Impl, base), {"__module__": __name__})
-
-
-@functools.cache
-def _loss_class(base: Any) -> type:
-    """The loss record of an algorithm with the penalty beside it, so that d3rlpy logs it."""
-    return dataclasses.make_dataclass(f"C4{base.__name__}", [("c4_penalty", torch.Tensor)], bases=(base,), frozen=True)
