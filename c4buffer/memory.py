@@ -42,14 +42,23 @@ def rows_at_once(bytes_per_row: int, device: torch.device, *, cached: int) -> in
         cached: the most rows on a processor, where more than the cache holds is slower.
     """
     most = cached if device.type == "cpu" else GPU_ROWS
-    return max(1, min(most, free_bytes(device) // SHARE // bytes_per_row))
+    return min(most, _share_of(device, bytes_per_row))
 
 
 def floats_at_once(device: torch.device, *, cached: int) -> int:
     """Floats of a pass over a matrix: `cached` on a processor, a share of the free memory on a GPU."""
     if device.type == "cpu":
         return cached
-    return max(cached, min(GPU_FLOATS, free_bytes(device) // SHARE // 4))
+    return max(cached, min(GPU_FLOATS, _share_of(device, 4)))
+
+
+def _share_of(device: torch.device, size: int) -> int:
+    """How many things of so many bytes, at least one: a power of two.
+
+    A little more or less free memory makes the same chunks then, with the same rounding and the same noise of a policy.
+    """
+    fitting = max(1, free_bytes(device) // SHARE // size)
+    return 1 << (fitting.bit_length() - 1)
 
 
 def bytes_made(run: Callable[[], object]) -> int:

@@ -76,12 +76,12 @@ def test_on_a_gpu_what_torch_holds_and_does_not_use_is_free(monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("device", "free", "bytes_per_row", "expected"),
     [
-        (CPU, 8000, 10, 100),
-        (CPU, 8000, 11, 90),
+        (CPU, 8000, 10, 64),  # of 100, the power of two below
+        (CPU, 8192, 16, 64),
         (CPU, 8000, 1001, 1),  # not even one fits
         (CPU, 0, 10, 1),
         (CPU, 1 << 40, 10, 4096),
-        (GPU, 8000, 10, 100),
+        (GPU, 8000, 10, 64),
         (GPU, 1 << 40, 10, 1 << 18),
     ],
 )
@@ -94,7 +94,7 @@ def test_rows_are_what_an_eighth_of_the_free_memory_holds(
 
 @pytest.mark.parametrize(
     ("device", "free", "expected"),
-    [(CPU, 1 << 40, 500), (CPU, 0, 500), (GPU, 0, 500), (GPU, 32 * 600, 600), (GPU, 1 << 40, 1 << 27)],
+    [(CPU, 1 << 40, 500), (CPU, 0, 500), (GPU, 0, 500), (GPU, 32 * 600, 512), (GPU, 1 << 40, 1 << 27)],
 )
 def test_floats_are_what_the_cache_or_a_share_of_a_gpu_holds(
     device: torch.device, free: int, expected: int, monkeypatch: pytest.MonkeyPatch

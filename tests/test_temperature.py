@@ -108,6 +108,21 @@ def test_target_and_beta_are_saved() -> None:
     assert [name for name, _ in other.named_parameters()] == ["beta"]
 
 
+def test_casting_the_module_leaves_its_target_as_it_was() -> None:
+    target = -5.123456789012345
+    controller = TemperatureController(target).half()
+    other = TemperatureController(None).bfloat16()
+    other.load_state_dict(controller.state_dict())
+    assert controller.target == other.target == target
+
+
+def test_the_loss_compiles_without_a_break() -> None:
+    controller = TemperatureController(-1.5, initial=2.0)
+    loss = torch.compile(controller.loss, fullgraph=True, backend="eager")(torch.tensor([0.0, 1.0]))
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert (loss.item(), controller.beta.grad) == (4.0, torch.tensor(2.0))
+
+
 def test_values_that_are_not_finite_leave_beta_as_it_was() -> None:
     controller = TemperatureController(-1.0)
     with pytest.raises(ValueError, match="log_prob: expected finite values, got nan .*has the training diverged"):

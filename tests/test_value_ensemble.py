@@ -136,6 +136,19 @@ def test_the_expected_minimum_is_about_that_of_normal_members(members: int) -> N
     torch.testing.assert_close(advantage.uncertainty(v), spread)
 
 
+def test_what_is_read_off_the_ensemble_compiles_without_a_break() -> None:
+    advantage = VEnsembleAdvantage(quantile=0.3)
+    q, v = torch.randn(5), torch.randn(4, 5)
+    for read, values in [
+        (advantage.target, (v,)),
+        (advantage.weights, (q, v)),
+        (advantage.uncertainty, (v,)),
+        (advantage.expected_minimum, (v,)),
+    ]:
+        compiled = torch.compile(read, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(*values), read(*values))
+
+
 def test_one_member_has_no_spread_and_is_its_own_minimum() -> None:
     v = torch.tensor([[1.0, -2.0]], requires_grad=True)
     advantage = VEnsembleAdvantage(quantile=0.9)

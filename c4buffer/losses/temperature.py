@@ -46,8 +46,6 @@ class TemperatureController(nn.Module):
         process_group: Group | None = None,
     ) -> None:
         super().__init__()
-        self._target: Tensor
-        self.register_buffer("_target", torch.tensor(math.nan, dtype=torch.float64))
         self.target = target
         self.learning_rate = check_number("learning_rate", learning_rate, minimum=0)
         if maximum is not None:
@@ -63,14 +61,21 @@ class TemperatureController(nn.Module):
     @property
     def target(self) -> float | None:
         """H_D; None before it is known."""
-        value = float(self._target)
-        return None if math.isnan(value) else value
+        return self._target
 
     @target.setter
     def target(self, value: Any) -> None:
         if value is not None and not is_finite_number(value):
             fail("target", "a finite number or None", repr(value))
-        self._target.fill_(math.nan if value is None else float(value))
+        self._target: float | None = None if value is None else float(value)
+
+    def get_extra_state(self) -> Tensor:
+        """H_D for the state dict, as a number of full precision that `half` and `to` leave alone; NaN for None."""
+        return torch.tensor(math.nan if self._target is None else self._target, dtype=torch.float64, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        value = float(state)
+        self.target = None if math.isnan(value) else value
 
     def loss(self, log_prob: Tensor) -> Tensor:
         """L(beta) = beta (mean log pi - H_D) (Eq. 14), a scalar whose gradient reaches beta only.
@@ -104,10 +109,9 @@ class TemperatureController(nn.Module):
         return mean / ranks_in(self.process_group)
 
     def _known_target(self) -> float:
-        target = self.target
-        if target is None:
+        if self._target is None:
             fail("target", "H_D to be set before it is compared", "None")
-        return target
+        return self._target
 
     def _watch(self, mean: Tensor) -> None:
         assert self.maximum is not None

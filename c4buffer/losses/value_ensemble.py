@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from statistics import NormalDist
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +78,8 @@ def expected_minimum(v: Tensor) -> Tensor:
     """Eq. 8: E[min_i V_i] of m normal V_i is about mu - Phi^-1((m - pi/8) / (m - pi/4 + 1)) sigma, [m, B] -> [B]."""
     _check_members(v)
     m = len(v)
-    distance = NormalDist().inv_cdf((m - math.pi / 8) / (m - math.pi / 4 + 1))
+    level = torch.tensor((m - math.pi / 8) / (m - math.pi / 4 + 1), dtype=torch.float64, device="cpu")
+    distance: Tensor = torch.special.ndtri(level)  # Phi^-1, which torch can compile
     return v.mean(dim=0) - distance * ensemble_spread(v)
 
 
