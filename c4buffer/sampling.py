@@ -189,6 +189,12 @@ class SingleClusterSampler:
             self._draw_ahead(batch_size)
         return self._ahead.popleft()
 
+    def rows_of(self, cluster: int, count: int, *, batch_size: int) -> Tensor:
+        """More rows [count] of a cluster that `sample(batch_size)` gave, with replacement: P(i) = r_iz / sum_j r_jz."""
+        partition = self._partition_for(batch_size)
+        counts = (partition.ids == cluster) * count
+        return torch.cat(self._draw_rows(partition, counts.tolist()))
+
     def check(self, batch_size: int) -> int:
         """The size as an int; ValueError for a batch that can not be drawn, whatever the clusters."""
         batch_size = check_integer("batch_size", batch_size, minimum=1)

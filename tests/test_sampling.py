@@ -51,6 +51,18 @@ def draw(sampler: SingleClusterSampler, batches: int, batch_size: int) -> tuple[
     return torch.stack([rows for rows, _ in drawn]), torch.tensor([cluster for _, cluster in drawn])
 
 
+def test_more_rows_of_a_cluster_are_drawn_as_its_batches_are() -> None:
+    r = soft(50, 3)
+    sampler = sampler_of(r)
+    _, cluster = sampler.sample(4)
+    ids, shares, _ = sampler.partition_for(4)
+    weights = shares[:, ids.tolist().index(cluster)]
+    counts = torch.bincount(sampler.rows_of(cluster, 100_000, batch_size=4), minlength=50)
+    likely = weights > 1e-4
+    expected = 100_000 * weights[likely] / weights.sum()
+    assert stats.chisquare(counts[likely], expected * counts[likely].sum() / expected.sum()).pvalue > REJECT
+
+
 def assert_uniform(r: Tensor, p: Tensor, tolerance: float) -> None:
     """sum_z p_z r_iz / sum_j r_jz = 1 / N for every row i, and p is the mean of r."""
     r = r.double()

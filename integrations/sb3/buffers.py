@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import time
 import warnings
+from collections.abc import Callable
+from operator import itemgetter
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +17,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from c4buffer import Critics, ReducedClusterer, SingleClusterSampler, decompose_cross_covariance
 from c4buffer._checks import check_choice, check_integer, fail
+from c4buffer.clustering import ranks_of_means
 from c4buffer.embedding import embed_rows
 from c4buffer.reduction import reduced
 
@@ -22,6 +25,8 @@ from .reading import transitions_of_samples
 
 GOAL_KEYS = {"observation", "achieved_goal", "desired_goal"}
 LIVE = {"_critics": None, "_sampler": None, "_batch": None, "_clusterer": None}  # while bound; never copied or pickled
+ROW_BY_ROW = (ReplayBuffer._get_samples, DictReplayBuffer._get_samples)
+TRIES = 8  # to find rows of a cluster that can be sampled, before all are looked at
 WIDEST_NORMS = 1024  # columns of a covariance whose norms are taken
 
 
@@ -138,6 +143,7 @@ class _Clustered(ReplayBuffer):
     def add(self, *arguments: Any, **options: Any) -> None:
         """The host's `add`; the rows that it overwrites lose their cluster."""
         overwrites, first = self.full, self.pos * self.n_envs
+        self.timeouts[self.pos] = 0  # the host writes them only where it handles them
         super().add(*arguments, **options)
         if self._sampler is not None and overwrites:
             self._sampler.overwrite(torch.arange(first, first + self.n_envs, device="cpu"))
@@ -188,16 +194,21 @@ class _Clustered(ReplayBuffer):
             )
         finally:
             np.random.set_state(state)
-        found = self._clusterer(embeddings, None).cpu()
-        # rows that can not be sampled now are as those that no clustering has seen
-        responsibilities = found.mean(dim=0).expand(self._stored_rows(), -1).clone()
-        responsibilities[torch.from_numpy(rows)] = found
-        self._sampler.assign(responsibilities)
+        found = self._clusterer(embeddings, None)
+        places, stored = torch.from_numpy(rows), self._stored_rows()
+        responsibilities = found.mean(dim=0).cpu().expand(stored, -1).clone()
+        responsibilities[places] = found.cpu()
+        ranks = ranks_of_means(embeddings, found).cpu()
+        distances = torch.zeros(stored, ranks.shape[1], dtype=ranks.dtype, device="cpu")
+        distances[places] = ranks
+        self._sampler.assign(responsibilities, distances=distances)
+        if len(rows) < stored:  # rows that can not be sampled now are as those that no clustering has seen
+            self._sampler.overwrite(torch.from_numpy(np.setdiff1d(np.arange(stored), rows, assume_unique=True)))
         self._since_refresh = 0
         norms = [float("nan")] * 3
         if not projected and embeddings.shape[1] <= 2 * WIDEST_NORMS:
-            pair = embeddings.double().chunk(2, dim=1)
-            parts = list(decompose_cross_covariance(pair[0], pair[1], found.to(pair[0])))
+            target, online = embeddings.chunk(2, dim=1)
+            parts = decompose_cross_covariance(target, online, found.to(embeddings))
             norms = [float(torch.linalg.matrix_norm(part)) for part in parts]
         self.c4_metrics = {
             "cross_covariance": norms[0],
@@ -212,20 +223,29 @@ class _Clustered(ReplayBuffer):
         assert self._sampler is not None
         drawn, self.cluster = self._sampler.sample(batch_size)
         chosen: np.ndarray = drawn.numpy()
-        valid = self._is_valid(chosen)
-        if valid.all():
+        left = np.flatnonzero(~self._is_valid(chosen))
+        if len(left) == 0:
             return chosen
+        chosen = chosen.copy()
+        for _ in range(TRIES):
+            more = self._sampler.rows_of(self.cluster, 2 * len(left), batch_size=batch_size).numpy()
+            more = more[self._is_valid(more)][: len(left)]
+            chosen[left[: len(more)]] = more
+            left = left[len(more) :]
+            if len(left) == 0:
+                return chosen
+        # hardly any row of the cluster can be sampled: a look at all of them
         rows = np.flatnonzero(self._is_valid(np.arange(self._stored_rows())))
         if len(rows) == 0:
             return None
-        weights = self._sampler.responsibilities[torch.from_numpy(rows), self.cluster].double()
+        ids, responsibilities, _ = self._sampler.partition_for(batch_size)
+        weights = responsibilities[torch.from_numpy(rows), int((ids == self.cluster).nonzero())].double()
         if float(weights.sum()) == 0:
             weights = torch.ones(len(rows), dtype=torch.float64, device="cpu")
-        uniforms = torch.rand(int((~valid).sum()), dtype=torch.float64, generator=self._generator, device="cpu")
+        uniforms = torch.rand(len(left), dtype=torch.float64, generator=self._generator, device="cpu")
         ends = weights.cumsum(dim=0)
         places = torch.searchsorted(ends, uniforms * ends[-1], right=True).clamp(max=len(rows) - 1)
-        chosen = chosen.copy()
-        chosen[~valid] = rows[places.numpy()]
+        chosen[left] = rows[places.numpy()]
         return chosen
 
     def _stored_rows(self) -> int:
@@ -242,28 +262,30 @@ class _Clustered(ReplayBuffer):
 
     def _samples(self, rows: np.ndarray, env: Any) -> Any:
         """The host's reading of these rows [M], row = position * n_envs + environment, in their order."""
-        positions, environments = np.divmod(rows, self.n_envs)
         if self.n_envs == 1:
-            return self._get_samples(positions, env=env)
-        # the host draws the environment itself: it is shown one at a time
-        order, parts = [], []
+            return self._get_samples(rows, env=env)
+        # the host draws the environment itself: it is shown one, of all rows where no row's reading hangs on another
+        if type(self)._get_samples in ROW_BY_ROW and not self.optimize_memory_usage:
+            return self._as_one(lambda part: part.reshape(-1, 1, *part.shape[2:]))._get_samples(rows, env=env)
+        positions, environments = np.divmod(rows, self.n_envs)
+        order, samples = [], []
         for e in np.unique(environments):
             places = np.flatnonzero(environments == e)
             order.append(places)
-            parts.append(self._only(int(e))._get_samples(positions[places], env=env))
-        return _picked(_joined(parts), np.argsort(np.concatenate(order)))
+            samples.append(self._as_one(itemgetter(np.s_[:, e : e + 1]))._get_samples(positions[places], env=env))
+        return _picked(_joined(samples), np.argsort(np.concatenate(order)))
 
-    def _only(self, environment: int) -> Any:
-        """A view of one environment's rows, which shares the memory."""
-        view = copy.copy(self)
-        view.n_envs = 1
+    def _as_one(self, shown: Callable[[np.ndarray], np.ndarray]) -> Any:
+        """A buffer of one environment, whose arrays are views of the own ones."""
+        one = copy.copy(self)
+        one.n_envs = 1
         for name in ("observations", "next_observations", "actions", "rewards", "dones", "timeouts"):
             held = getattr(self, name, None)
             if isinstance(held, dict):
-                setattr(view, name, {key: part[:, environment : environment + 1] for key, part in held.items()})
+                setattr(one, name, {key: shown(part) for key, part in held.items()})
             elif held is not None:
-                setattr(view, name, held[:, environment : environment + 1])
-        return view
+                setattr(one, name, shown(held))
+        return one
 
     def _warn_once(self) -> None:
         if not self._warned and self.n_clusters != 1:

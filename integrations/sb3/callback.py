@@ -172,15 +172,17 @@ class _Attachment:
 
     def _cleared(self, clear: Callable[..., None], *arguments: Any, **options: Any) -> None:
         clear(*arguments, **options)
-        due, self.steps = self.steps % self.every == 0, self.steps + 1
         batch = self.buffer.take_batch()
-        if not due or batch is None:
+        if batch is None:  # cleared once more, without a new batch
+            return
+        due, self.steps = self.steps % self.every == 0, self.steps + 1
+        if not due:
             return
         parameters = [
             parameter
             for group in self.optimizer.param_groups
             for parameter in group["params"]
-            if id(parameter) not in self.shared
+            if parameter.requires_grad and id(parameter) not in self.shared
         ]
         penalty = self.penalty(self.critics, transitions_of_samples(batch))
         self.last_penalty = penalty.detach()

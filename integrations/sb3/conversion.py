@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from c4buffer import Transitions
@@ -68,6 +68,8 @@ def fill_replay_buffer(model: Any, transitions: Transitions) -> None:
         fail("model", "one with a replay buffer of transitions, without hindsight", got)
     if buffer.n_envs != 1 or buffer.optimize_memory_usage:
         fail("model", "one environment and optimize_memory_usage=False", "another setting")
+    if not isinstance(transitions, Transitions):
+        fail("transitions", "Transitions, as load_d4rl(path) gives them", type(transitions).__name__)
     rows = len(transitions)
     if rows > buffer.buffer_size:
         fail("transitions", f"at most buffer_size, {buffer.buffer_size}", rows)
@@ -92,7 +94,9 @@ def fill_replay_buffer(model: Any, transitions: Transitions) -> None:
     timeouts = np.maximum(timeouts, ends) * (1 - terminals)
     buffer.rewards[:rows, 0] = transitions.rewards.cpu().numpy()
     buffer.dones[:rows, 0] = np.maximum(terminals, timeouts) if buffer.handle_timeout_termination else terminals
-    buffer.timeouts[:rows, 0] = timeouts
+    # where nothing but n-step returns reads them, SB3 does not clear them either when it writes anew
+    if buffer.handle_timeout_termination or isinstance(buffer, NStepReplayBuffer):
+        buffer.timeouts[:rows, 0] = timeouts
     buffer.pos = rows % buffer.buffer_size
     buffer.full = rows == buffer.buffer_size
     if isinstance(buffer, _Clustered):
@@ -187,7 +191,7 @@ def _as_held(name: str, column: Any, held: Any) -> Any:
         return {key: _as_held(f"{name}[{key!r}]", column[key], held[key]) for key in held}
     if held.shape[2:] != column.shape[1:]:
         fail("transitions", f"{name} of shape {held.shape[2:]}, as the model's spaces have it", column.shape[1:])
-    cast = column.astype(held.dtype)
+    cast = column.astype(held.dtype, copy=False)
     if held.dtype.kind in "iu" and (cast != column).any():
         fail("transitions", f"{name} that {held.dtype} can hold", f"{column.dtype} with other values")
     return cast

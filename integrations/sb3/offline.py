@@ -53,17 +53,13 @@ def learn_offline(
             "model", "a VecNormalize with statistics, loaded or from steps taken, or none", "one that has seen nothing"
         )
     fill_replay_buffer(model, transitions)
-    online, updating = type(model), normalizing is not None and normalizing.training
+    online = type(model)
     model.__class__ = _offline_class(online)
-    if updating:
-        normalizing.training = False
     try:
         return model.learn(total_timesteps, callback=callback, progress_bar=progress_bar)
     finally:
         model.__class__ = online
         end_of_learn(model)
-        if updating:
-            normalizing.training = True
 
 
 def _seen(normalizing: Any) -> float:
@@ -77,6 +73,23 @@ class _Offline(OffPolicyAlgorithm):
     """Steps no environment: the timestep counter, callbacks and schedules go on."""
 
     learning_starts: Any = property(lambda self: 0)  # what the model has stays, and is what checkpoints hold
+
+    @classmethod
+    def load(cls, *arguments: Any, **options: Any) -> Any:
+        """A model that steps its environment, as the one that was saved."""
+        return cls.__bases__[1].load(*arguments, **options)  # type: ignore[attr-defined]
+
+    def _setup_learn(self, *arguments: Any, **options: Any) -> Any:
+        """The host's, whose reset of the environment moves no statistics here."""
+        normalizing: Any = self.get_vec_normalize_env()
+        updating = normalizing is not None and normalizing.training
+        if updating:
+            normalizing.training = False
+        try:
+            return super()._setup_learn(*arguments, **options)
+        finally:
+            if updating:
+                normalizing.training = True
 
     def collect_rollouts(self, env: Any, callback: Any, *arguments: Any, **options: Any) -> RolloutReturn:
         callback.on_rollout_start()

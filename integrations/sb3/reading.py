@@ -95,6 +95,7 @@ def critics_of(model: Any) -> Critics:
             return Critics(_DiscreteQ(getattr(model, name)), greedy, policy=_Greedy(greedy))
     if not hasattr(model, "critic"):
         fail("model", "one with a critic or a Q-network", type(model).__name__)
+    _check_critic(model.critic)
     critic, target = model.critic, getattr(model, "critic_target", model.critic)
     members = range(len(critic.q_networks))
     if hasattr(model, "actor_target"):
@@ -102,6 +103,14 @@ def critics_of(model: Any) -> Critics:
     else:
         policy = _Actor(model.actor, {"deterministic": True})
     return Critics([_Q(critic, i) for i in members], [_Q(target, i) for i in members], policy=policy)
+
+
+def _check_critic(critic: Any) -> None:
+    """Its networks are read one by one, past its `forward`."""
+    written_by = type(critic).forward.__module__.partition(".")[0]
+    if written_by not in ("stable_baselines3", "sb3_contrib") or not hasattr(critic, "q_networks"):
+        expected = "a critic with q_networks and SB3's own forward, as its networks are read one by one"
+        fail("model", expected, f"a {type(critic).__name__}")
 
 
 def optimizer_of(model: Any) -> torch.optim.Optimizer:
@@ -133,5 +142,5 @@ def transitions_of_samples(samples: Any) -> Transitions:
 def _check_observations(space: spaces.Space[Any]) -> None:
     parts = list(space.spaces.values()) if isinstance(space, spaces.Dict) else [space]
     for part in parts:
-        if not isinstance(part, spaces.Box):
-            fail("observation_space", "boxes, by whose entries a critic has gradients", repr(part))
+        if not isinstance(part, (spaces.Box, spaces.MultiBinary)):
+            fail("observation_space", "boxes or bits, by whose entries a critic has gradients", repr(part))

@@ -21,8 +21,8 @@ class _Q:
     """A Q-network with parameters of its own: `(observations, actions) -> [n, B, 1]` or `observations -> [n, B, A]`."""
 
     def __init__(self, loss: Any, name: str, parameters: str, output: Key, action: Key) -> None:
+        self._loss, self._parameters = loss, parameters  # first, as the loss's are moved, and not the network's own
         self.network, self.output, self.action = getattr(loss, name), output, action
-        self._loss, self._parameters = loss, parameters
 
     @property
     def parameters(self) -> Any:

@@ -26,6 +26,7 @@ class Keys:
         action: floats [B, A]; or discrete: integers [B] or [B, 1], or one-hot, integers or bool [B, n].
         reward, terminated, done: of the step, under "next". Without `terminated`, `done` stands for it.
         next_action: the action after the step, where the data have it.
+        has_next_action: whether they have it in this row; without the key, in all rows.
         intervals: n of an n-step transition, where the data have it, as behind a MultiStepTransform.
     """
 
@@ -35,6 +36,7 @@ class Keys:
     terminated: Key = ("next", "terminated")
     done: Key = ("next", "done")
     next_action: Key = ("next", "action")
+    has_next_action: Key = ("next", "has_action")
     intervals: Key = "steps_to_next_obs"
 
     def parts(self) -> dict[str, Key]:
@@ -81,7 +83,9 @@ def transitions_of(batch: TensorDictBase, keys: Keys = DEFAULT_KEYS) -> Transiti
     timeouts = torch.zeros_like(terminals) if done is None else done * (1 - terminals)
     next_actions = batch.get(keys.next_action, None)
     intervals = scalars(keys.intervals)
-    known = torch.full_like(rewards, 0 if next_actions is None else 1)
+    known = None if next_actions is None else scalars(keys.has_next_action)
+    if known is None:
+        known = torch.full_like(rewards, 0 if next_actions is None else 1)
     return Transitions.unchecked(
         {
             "observations": _observations(batch, keys, lambda key: key),
@@ -97,7 +101,7 @@ def transitions_of(batch: TensorDictBase, keys: Keys = DEFAULT_KEYS) -> Transiti
     )
 
 
-def tensordict_of(transitions: Transitions, keys: Keys = DEFAULT_KEYS) -> TensorDict:
+def tensordict_of(transitions: Transitions, keys: Keys = DEFAULT_KEYS, *, next_actions: bool = False) -> TensorDict:
     """Transitions as TorchRL stores them, [N], for `buffer.extend`; what `transitions_of` reads.
 
     Discrete actions are their places, int64 [N]. Next actions are left out where some rows have none: next to each
@@ -106,6 +110,8 @@ def tensordict_of(transitions: Transitions, keys: Keys = DEFAULT_KEYS) -> Tensor
     Args:
         transitions: N of them.
         keys: where the tensordict gets what; a dict of observations wants a list of keys with the names of its parts.
+        next_actions: keep them all the same, and under `Keys.has_next_action` which rows have one: a batch's rows are
+            not linked, and `critics_of(loss, next_action="dataset")` reads theirs.
     """
     held = transitions.observations
     parts = held if isinstance(held, Mapping) else dict(zip(keys.parts(), observation_leaves(held)))
@@ -123,30 +129,38 @@ def tensordict_of(transitions: Transitions, keys: Keys = DEFAULT_KEYS) -> Tensor
     data.set(keys.done, (transitions.terminals + transitions.timeouts > 0).unsqueeze(1))
     if bool((transitions.intervals > 1).any()):
         data.set(keys.intervals, transitions.intervals.long().unsqueeze(1))
-    if bool(transitions.has_next_actions.all()):
+    everywhere = bool(transitions.has_next_actions.all())
+    if everywhere or next_actions:
         data.set(keys.next_action, transitions.next_actions)
+    if next_actions and not everywhere:
+        data.set(keys.has_next_action, transitions.has_next_actions.bool().unsqueeze(1))
     return data
 
 
-def stored(storage: Storage, rows: Tensor, keys: Keys, transform: Callable[[Any], Any] | None) -> Transitions:
-    """Rows [M] of a storage, each a' that of the row `intervals` on, where that starts where this one ends.
+def stored(
+    storage: Storage, rows: Tensor, keys: Keys, transform: Callable[[Any], Any] | None, *, linked: bool = True
+) -> Transitions:
+    """Rows [M] of a storage; a missing a' is that of the row `intervals` on, where that starts where this one ends.
+
+    Without `linked` they are left as they are.
 
     A storage of several axes [T, E, ...] is read as [T * E * ...]: one row on is E * ... rows there.
     """
     found = _read(storage, rows, keys, transform)
-    if bool(found.has_next_actions.all()):
+    missing = found.has_next_actions == 0
+    if not linked or not bool(missing.any()):
         return found
     after = rows + found.intervals.long().cpu() * (math.prod(storage.shape[1:]) if storage.ndim > 1 else 1)
     within = after < len(storage)
     ahead = _read(storage, torch.where(within, after, rows), keys, transform)
-    goes_on = within.to(found.rewards.device) & (found.terminals + found.timeouts == 0)
+    goes_on = missing & within.to(found.rewards.device) & (found.terminals + found.timeouts == 0)
     pairs = zip(observation_leaves(found.next_observations), observation_leaves(ahead.observations))
     for end, start in pairs:
         goes_on &= (end == start).flatten(start_dim=1).all(dim=1)
     chosen = goes_on.reshape(-1, *[1] * (found.actions.ndim - 1))
-    linked = {"next_actions": torch.where(chosen, ahead.actions, found.actions)}
-    known = {"has_next_actions": goes_on.to(found.rewards)}
-    return Transitions.unchecked({**dict(found.columns()), **linked, **known})
+    links = {"next_actions": torch.where(chosen, ahead.actions, found.next_actions)}
+    known = {"has_next_actions": (goes_on | ~missing).to(found.rewards)}
+    return Transitions.unchecked({**dict(found.columns()), **links, **known})
 
 
 def _read(storage: Storage, rows: Tensor, keys: Keys, transform: Callable[[Any], Any] | None) -> Transitions:

@@ -2,10 +2,12 @@
 
 import copy
 import math
+import pickle
 import threading
 import warnings
 from abc import ABCMeta
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -15,12 +17,12 @@ from torch import Tensor
 from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.data.replay_buffers.storages import Storage
 
-from c4buffer import Clusterer, Critics, OnDrift, RefreshPolicy, RefreshReport
+from c4buffer import Clusterer, Critics, OnDrift, RefreshPolicy, RefreshReport, Transitions
 from c4buffer._checks import fail
 from c4buffer.checkpoint import load, save
 from c4buffer.clustered_rows import ClusteredRows
 from c4buffer.critics import check_critics
-from c4buffer.embedding import Embedding
+from c4buffer.embedding import EMBEDDINGS, Embedding
 from c4buffer.inference import outside_inference_mode
 
 from .rows import DEFAULT_KEYS, Keys, coordinates, stored
@@ -151,9 +153,7 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
             self._rows.adopt(self)
             report = self._rows.refresh(
                 critics,
-                lambda start, stop: stored(
-                    storage, torch.arange(start, stop, device="cpu"), self.keys, self._transform
-                ),
+                lambda start, stop: self._stored(storage, torch.arange(start, stop, device="cpu"), critics),
                 device=_device_of(critics),
             )
             if self._critics is not None:
@@ -165,13 +165,15 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
         """Mean over rows [M], int64, of how likely the last mixture finds them by now, in nats; for `OnDrift`."""
         if self._critics is None:
             fail("log_likelihood_of", "attached critics", "none")
-        storage = self._followed()
+        storage, critics = self._followed(), self._critics
         return self._rows.log_likelihood_of(
-            rows,
-            self._critics,
-            lambda some: stored(storage, some, self.keys, self._transform),
-            device=_device_of(self._critics),
+            rows, critics, lambda some: self._stored(storage, some, critics), device=_device_of(critics)
         )
+
+    def _stored(self, storage: Storage, rows: Tensor, critics: Critics) -> Transitions:
+        """Rows as the critics read them: a' is looked up where the data's may be taken."""
+        linked = critics.policy is None or self._embedding not in EMBEDDINGS
+        return stored(storage, rows, self.keys, self._transform, linked=linked)
 
     def __len__(self) -> int:
         return self._rows.sampler.size
@@ -255,10 +257,15 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
 
     def __getstate__(self) -> dict[str, Any]:
         left_out = ("_critics", "_transform", "_storage", "_thread", "_lock")
-        return {**vars(self), **dict.fromkeys(left_out)}
+        state = {**vars(self), **dict.fromkeys(left_out)}
+        if get_spawning_popen() is not None:  # torch would share the memory of tensors with the other process
+            state["_rows"] = pickle.dumps(self._rows)
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update({**state, "_lock": threading.RLock()})
+        if isinstance(self._rows, bytes):
+            self._rows = pickle.loads(self._rows)
 
     @property
     def _rng(self) -> torch.Generator:
@@ -312,7 +319,11 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
                 self._rows.sampler.overwrite(overwritten)
 
 
+def first_parameters(critics: Critics) -> Iterator[Tensor]:
+    """Of the networks, in the order in which the critics hold them."""
+    return (parameter for module in critics.modules for parameter in module.parameters())
+
+
 def _device_of(critics: Critics) -> torch.device:
     """Where the networks are."""
-    parameters = (parameter for module in critics.modules for parameter in module.parameters())
-    return next((parameter.device for parameter in parameters), torch.device("cpu"))
+    return next((parameter.device for parameter in first_parameters(critics)), torch.device("cpu"))

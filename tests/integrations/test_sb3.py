@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import c4buffer.integrations.sb3.buffers
 import gymnasium
 import numpy as np
 import pytest
@@ -36,8 +37,11 @@ from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.envs import BitFlippingEnv
+from stable_baselines3.common.policies import ContinuousCritic
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
+from stable_baselines3.sac.policies import SACPolicy
 
 from c4buffer import CovariancePenalty, stacked_gradients
 
@@ -393,6 +397,35 @@ def test_rows_are_read_as_the_host_reads_them(n_envs: int, optimize: bool, norma
             assert not any((raw - row).abs().max(dim=1).values.min() < 1e-4 for row in gone)
 
 
+def test_dictionaries_of_several_environments_are_read_as_they_were_stored() -> None:
+    env = DummyVecEnv([lambda: Toy("dict")] * 4)
+    model = clustered(SAC, env, cls=ClusteredDictReplayBuffer, policy="MultiInputPolicy", buffer_size=80)
+    model.learn(60, callback=C4Callback())
+    buffer = model.replay_buffer
+    rows = np.random.default_rng(0).permutation(60)
+    found = buffer._samples(rows, None)
+    place, e = np.divmod(rows, 4)
+    for key, stored in buffer.observations.items():
+        np.testing.assert_array_equal(found.observations[key].numpy(), stored[place, e])
+        np.testing.assert_array_equal(found.next_observations[key].numpy(), buffer.next_observations[key][place, e])
+    np.testing.assert_array_equal(found.rewards[:, 0].numpy(), buffer.rewards[place, e])
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_a_subclass_that_reads_neighbouring_rows_is_shown_one_environment(n_envs: int) -> None:
+    class Following(ClusteredReplayBuffer):
+        def _get_samples(self, batch_inds: Any, env: Any = None) -> Any:
+            return super()._get_samples((batch_inds + 1) % self.buffer_size, env)
+
+    model = clustered(SAC, DummyVecEnv([Toy] * n_envs), cls=Following, buffer_size=60)
+    model.learn(60, callback=C4Callback())
+    buffer = model.replay_buffer
+    place, e = np.divmod(np.arange(60), n_envs)
+    found = buffer._samples(np.arange(60), None)
+    expected = buffer.observations[(place + 1) % buffer.buffer_size, e]
+    np.testing.assert_array_equal(found.observations.numpy(), expected)
+
+
 def test_all_rows_are_equally_likely_over_batches() -> None:
     model = clustered(SAC, buffer={"refresh_interval": 10**6}, buffer_size=60)
     model.learn(100, callback=C4Callback())
@@ -552,11 +585,125 @@ def test_a_shared_feature_extractor_gets_no_gradient_of_the_penalty(algorithm: A
         assert all(parameter.grad is not None for parameter in model.critic.qf0[:1].parameters() if parameter.ndim == 2)
 
 
-def test_observations_without_a_gradient_are_refused() -> None:
-    env = DummyVecEnv([lambda: BitFlippingEnv(n_bits=4, continuous=True, max_steps=6)])
+@pytest.mark.parametrize("discrete", [False, True])
+def test_bits_are_observations_with_a_gradient_and_numbers_of_states_are_not(discrete: bool) -> None:
+    env = DummyVecEnv([lambda: BitFlippingEnv(n_bits=4, continuous=True, max_steps=6, discrete_obs_space=discrete)])
     model = clustered(SAC, env, cls=ClusteredHerReplayBuffer, policy="MultiInputPolicy", learning_starts=60)
-    with pytest.raises(ValueError, match="observation_space: expected boxes"):
-        model.learn(150, callback=C4Callback())
+    penalty = CovariancePenalty(0.1, scale="relative")
+    if not discrete:
+        model.learn(150, callback=C4Callback(penalty))
+        assert model.replay_buffer.c4_metrics["cross_covariance"] > 0
+        return
+    with pytest.raises(ValueError, match="observation_space: expected boxes or bits"):
+        model.learn(150, callback=C4Callback(penalty))
+
+
+class Frozen(BaseFeaturesExtractor):
+    """As a pretrained one."""
+
+    def __init__(self, space: Any) -> None:
+        super().__init__(space, 8)
+        self.layer = torch.nn.Linear(3, 8).requires_grad_(False)
+
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.layer(observations)
+        return features
+
+
+@pytest.mark.parametrize("algorithm", [SAC, TD3, DQN])
+def test_frozen_parameters_stay_as_they_are(algorithm: Any) -> None:
+    model = clustered(algorithm, policy_kwargs={"net_arch": [16], "features_extractor_class": Frozen})
+    model.learn(40, callback=C4Callback(CovariancePenalty(0.1)))
+    critic = model.critic if hasattr(model, "critic") else model.q_net
+    assert all(parameter.grad is None for parameter in critic.features_extractor.parameters())
+
+
+def test_a_critic_that_computes_its_values_otherwise_is_refused() -> None:
+    class Scaled(ContinuousCritic):
+        def forward(self, obs: Any, actions: Any) -> Any:
+            return tuple(10 * q for q in super().forward(obs, actions))
+
+    class Policy(SACPolicy):
+        def make_critic(self, features_extractor: Any = None) -> Any:
+            return Scaled(**self._update_features_extractor(self.critic_kwargs, features_extractor)).to(self.device)
+
+    with pytest.raises(ValueError, match="model: expected a critic with q_networks and SB3's own forward.*a Scaled"):
+        critics_of(model_of(SAC, policy=Policy))
+
+
+def test_clearing_the_gradients_more_often_does_not_change_which_steps_are_penalised() -> None:
+    calls = []
+
+    class Clearing(SAC):
+        def train(self, *arguments: Any, **options: Any) -> None:
+            self.critic.optimizer.zero_grad()
+            super().train(*arguments, **options)
+
+    def penalty(critics: Any, batch: Any) -> torch.Tensor:
+        calls.append(len(batch))
+        return CovariancePenalty(0.1)(critics, batch)
+
+    clustered(Clearing).learn(60, callback=C4Callback(penalty, penalty_every=2))  # type: ignore[arg-type]
+    assert len(calls) == 20
+
+
+class HalfOpen(ClusteredReplayBuffer):
+    """Of its 500 rows, those from 250 on can not be sampled, as those of an open episode."""
+
+    def _is_valid(self, rows: np.ndarray) -> np.ndarray:
+        return rows < 250
+
+    def _training_samples(self, rows: np.ndarray, env: Any) -> Any:
+        self.drawn = rows
+        return super()._training_samples(rows, env)
+
+
+class Known(torch.nn.Module):
+    """A clusterer that finds these responsibilities."""
+
+    max_dim = 256
+
+    def __init__(self, found: torch.Tensor) -> None:
+        super().__init__()
+        self.found = found
+
+    def forward(self, embeddings: torch.Tensor, previous: Any) -> torch.Tensor:
+        return self.found.to(embeddings)
+
+
+@pytest.mark.parametrize(("assignment", "batch_size"), [("soft", 64), ("hard", 64), ("soft", 512)])
+def test_rows_that_can_not_be_sampled_leave_the_others_equally_likely(assignment: str, batch_size: int) -> None:
+    model = clustered(
+        SAC, cls=HalfOpen, n_clusters=2, buffer={"assignment": assignment, "refresh_interval": 10**9, "c4_seed": 0}
+    )
+    buffer = model.replay_buffer
+    buffer.full = True
+    found = torch.full((250, 2), 0.02)
+    found[:130, 0] = found[130:, 1] = 0.98
+    counts = np.zeros(250)
+    with attached(model):
+        buffer._clusterer = Known(found)
+        for _ in range(100_000 // batch_size):
+            buffer.sample(batch_size)
+            np.add.at(counts, buffer.drawn, 1)
+        share = 0.52 if assignment == "hard" else 0.5192
+        torch.testing.assert_close(buffer.probabilities[0], torch.tensor(share, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert counts[:130].mean() / counts.mean() == pytest.approx(1, abs=0.05)
+    assert counts[130:].mean() / counts.mean() == pytest.approx(1, abs=0.05)
+
+
+def test_hard_rows_of_a_dissolved_cluster_go_to_the_nearest_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = torch.zeros(500, dtype=torch.int64)
+    labels[240:470], labels[470:] = 1, 2
+    embeddings = torch.tensor([[0.0, 0.0], [100.0, 100.0], [101.0, 101.0]])[labels]
+    monkeypatch.setattr(c4buffer.integrations.sb3.buffers, "embed_rows", lambda *a, **k: (embeddings, False))
+    model = clustered(SAC, buffer={"assignment": "hard", "refresh_interval": 10**9})
+    model.replay_buffer.full = True
+    with attached(model):
+        model.replay_buffer._clusterer = Known(torch.nn.functional.one_hot(labels, 3))
+        model.replay_buffer.sample(64)
+        _, r, _ = model.replay_buffer._sampler.partition_for(64)
+    assert r[470].tolist() == [0, 1]
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -10,7 +10,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from c4buffer.integrations.sb3 import C4Callback, ClusteredReplayBuffer, learn_offline
+from c4buffer.integrations.sb3 import C4Callback, ClusteredReplayBuffer, fill_replay_buffer, learn_offline
 from gymnasium import spaces
 from stable_baselines3 import DQN, PPO, SAC, TD3
 from stable_baselines3.common.buffers import ReplayBuffer
@@ -159,6 +159,35 @@ def test_checkpoints_keep_the_models_own_settings(tmp_path: Path) -> None:
     assert model.learning_starts == 20
 
 
+def test_a_callback_may_load_a_model_of_the_same_kind(tmp_path: Path) -> None:
+    loaded = []
+
+    class Loads(BaseCallback):
+        def _on_step(self) -> bool:
+            self.model.save(tmp_path / "model")
+            loaded.append(type(self.model).load(tmp_path / "model", device="cpu"))
+            return True
+
+    learn_offline(offline_model(SAC), data(), 1, callback=Loads())
+    assert type(loaded[0]) is SAC
+    assert loaded[0].learning_starts == 20
+
+
+def test_a_ring_that_took_timeouts_for_ends_still_knows_the_later_ends() -> None:
+    model = offline_model(
+        SAC,
+        buffer_size=40,
+        replay_buffer_class=ClusteredReplayBuffer,
+        replay_buffer_kwargs={"handle_timeout_termination": False},
+    )
+    buffer = model.replay_buffer
+    fill_replay_buffer(model, data(200)[::5])  # no row follows the one before
+    zeros = np.zeros((1, 3), np.float32)
+    for _ in range(40):
+        buffer.add(zeros, zeros, np.zeros((1, 2), np.float32), np.zeros(1), np.ones(1), [{}])
+    assert bool((buffer._get_samples(np.arange(40)).dones == 1).all())
+
+
 def test_statistics_of_a_normalising_environment_stay_as_they_are() -> None:
     env = VecNormalize(DummyVecEnv([Toy]))
     transitions = data().replace(actions=data().actions.clamp(-1, 1))
@@ -167,9 +196,17 @@ def test_statistics_of_a_normalising_environment_stay_as_they_are() -> None:
         learn_offline(model, transitions, 5)
     model.learn(50)
     mean = env.obs_rms.mean.copy()
-    learn_offline(model, transitions, 5)
+    training = []
+
+    class Looks(BaseCallback):
+        def _on_step(self) -> bool:
+            training.append(env.training)
+            return True
+
+    learn_offline(model, transitions, 5, callback=Looks())
     np.testing.assert_array_equal(env.obs_rms.mean, mean)
     assert env.training
+    assert all(training)  # as a checkpoint would save it
 
 
 def test_what_does_not_fit_is_refused_and_the_buffer_keeps_what_it_has() -> None:
@@ -190,6 +227,8 @@ def test_what_does_not_fit_is_refused_and_the_buffer_keeps_what_it_has() -> None
     without.env = None
     with pytest.raises(ValueError, match="model: expected one with an environment"):
         learn_offline(without, data(), 1)
+    with pytest.raises(ValueError, match="transitions: expected Transitions, .*, got dict"):
+        learn_offline(model, {"observations": torch.zeros(5, 3)}, 1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="total_timesteps: expected an integer of at least 1"):
         learn_offline(model, data(), 0)
     several = model_of(

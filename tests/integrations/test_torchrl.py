@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import pickle
 import warnings
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 import torch
 from c4buffer.integrations.torchrl import ClusterSampler, Keys, critics_of, tensordict_of, transitions_of
 from c4buffer.integrations.torchrl.rows import DEFAULT_KEYS, stored
+from c4buffer.integrations.torchrl.sampler import first_parameters
 from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import Tensor, nn
@@ -685,11 +687,69 @@ def test_transitions_become_a_tensordict_and_come_back() -> None:
         observations={"b": rows.observations, "a": rows.rewards.unsqueeze(1)},
         next_observations={"b": rows.next_observations, "a": rows.rewards.unsqueeze(1)},
     )
+    ended = complete.replace(has_next_actions=1 - complete.terminals)
+    for (name, before), (_, after) in zip(
+        ended.columns(), transitions_of(tensordict_of(ended, next_actions=True)).columns()
+    ):
+        assert torch.equal(before, after), name
     keys = Keys(observation=["a", "b"])
     back = transitions_of(tensordict_of(parts, keys), keys)
     assert torch.equal(back.next_observations["b"], rows.next_observations)  # type: ignore[call-overload, index]
     with pytest.raises(ValueError, match="keys: expected Keys.* for parts named 'b', 'a', got 'observation'"):
         tensordict_of(parts)
+
+
+def test_a_batch_of_the_datas_own_next_actions_has_the_penalty_of_these_rows() -> None:
+    data = steps(60)
+    rows = Transitions(
+        observations=data["observation"],
+        actions=data["action"],
+        rewards=data["next", "reward"],
+        next_observations=data["next", "observation"],
+        terminals=data["next", "terminated"].float(),
+        timeouts=(data["next", "done"] & ~data["next", "terminated"]).float(),
+    )
+    assert 0 < rows.has_next_actions.sum() < 60
+    sampler = ClusterSampler(2, seed=0)
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(60), sampler=sampler, batch_size=32)
+    buffer.extend(tensordict_of(rows, next_actions=True))
+    critics = critics_of(CONTINUOUS["TD3"](), next_action="dataset")
+    sampler.attach(critics)
+    batch = buffer.sample()
+    penalty = CovariancePenalty(1.0, scale="relative")
+    torch.testing.assert_close(penalty(critics, transitions_of(batch)), penalty(critics, rows[batch["index"]]))
+    held = stored(buffer.storage, torch.arange(60), DEFAULT_KEYS, None)
+    assert torch.equal(held.next_actions, rows.next_actions)
+    assert torch.equal(held.has_next_actions, rows.has_next_actions)
+
+
+@pytest.mark.parametrize("kind", ["TD3", "SAC", "CrossQ", "IQL"])
+def test_a_refresh_goes_where_a_loss_was_moved_to(kind: str) -> None:
+    loss = CONTINUOUS[kind]()
+    before = critics_of(loss)
+    loss.to(torch.float64)  # as to a GPU: the networks' own parameters stay where they were
+    for critics in (before, critics_of(loss)):
+        assert next(first_parameters(critics)).dtype == torch.float64
+
+
+def child_overwrites(buffer: TensorDictReplayBuffer) -> None:
+    buffer.extend(steps(10, seed=1))
+
+
+def test_a_buffer_goes_to_another_process_and_shares_its_storage_alone(critics: Critics) -> None:
+    sampler = ClusterSampler(2, seed=0)
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(40), sampler=sampler, batch_size=8, shared=True)
+    buffer.extend(steps(40))
+    sampler.attach(critics)
+    buffer.sample()
+    before, r = buffer.storage[:]["observation"].clone(), sampler.responsibilities.clone()
+    process = multiprocessing.get_context("spawn").Process(target=child_overwrites, args=(buffer,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert not torch.equal(buffer.storage[:]["observation"], before)
+    assert torch.equal(sampler.responsibilities, r)
+    buffer.sample()
 
 
 def test_what_lacks_is_named() -> None:
