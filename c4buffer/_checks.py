@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import NoReturn
 
@@ -15,6 +17,16 @@ CHECKED_ROWS = 1 << 16  # looked at together
 def fail(argument: str, expected: str, got: object) -> NoReturn:
     """Raise ValueError: `argument: expected ..., got ...`."""
     raise ValueError(f"{argument}: expected {expected}, got {got}")
+
+
+@contextmanager
+def requiring(what: str, extra: str) -> Iterator[None]:
+    """Imports that come with an extra of this package; an ImportError says with which."""
+    try:
+        yield
+    except ImportError as error:
+        message = f'{what} needs {error.name or "more"}: pip install "c4buffer[{extra}]"'
+        raise ImportError(message, name=error.name) from error
 
 
 def check_integer(argument: str, value: object, *, minimum: int) -> int:

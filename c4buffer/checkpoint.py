@@ -18,6 +18,7 @@ from ._checks import fail
 FORMAT = "c4buffer"
 VERSION = 2
 PLAIN = (bool, int, float, str, type(None))
+FOREIGN = "a file that was saved whole by c4buffer and not changed"
 HASHED_BYTES = 1 << 24  # at once
 
 
@@ -86,9 +87,9 @@ def load(path: str | os.PathLike[str], kind: str) -> Any:
             fail("path", "an undamaged file", f"one with damaged tensors, {path}")
         return _restored(outline["state"], tensors)
     except (SafetensorError, KeyError, TypeError, IndexError, RecursionError, UnicodeError) as error:
-        return fail("path", "a file that was saved whole and not changed", f"{path}: {error}")
+        return fail("path", FOREIGN, f"{path}: {error}")
     except json.JSONDecodeError as error:
-        return fail("path", "a file that was saved whole and not changed", f"{path}: {error}")
+        return fail("path", FOREIGN, f"{path}: {error}")
 
 
 def _outlined(value: Any, tensors: dict[str, Tensor], name: str) -> Any:

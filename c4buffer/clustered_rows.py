@@ -51,7 +51,7 @@ class ClusteredRows:
         if not callable(embedding):
             check_choice("embedding", embedding, tuple(EMBEDDINGS))
         if refresh is not None and not callable(refresh):
-            fail("refresh", "a callable or None", repr(refresh))
+            fail("refresh", "a callable or None, as Every(1000)", repr(refresh))
         if isinstance(refresh, OnDrift):
             refresh.check_clusterer(clusterer)
         check_choice("assignment", assignment, ("soft", "hard"))

@@ -273,6 +273,7 @@ def _checked_directions(next_direction: Tensor | None, direction: Tensor | None,
         length = float(directions[-1].norm())
         if not abs(length - 1) < NEARLY_ONE:
             fail(name, expected, f"one of length {length:g}")
+        directions[-1] /= length  # else Eq. 10's bounds would not hold to the last digits
     return directions
 
 

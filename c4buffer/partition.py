@@ -11,6 +11,7 @@ from ._checks import check_finite, fail, shape_of
 from .trajectories import with_tails
 
 UNASSIGNED = -1.0
+ROUNDING = 1e-6  # by so much responsibilities in float32 may miss what they should be
 BLOCK_ROWS = 1 << 18  # worked on at once, so that memory beyond the clustering does not grow with the rows
 
 
@@ -44,7 +45,6 @@ class Partition:
             "distances": self.distances,
             "labels": self.labels,
             "walks": list(self.walks),
-            "assigned": self.assigned,
             "p": self.p,
             "sums": self.sums,
             "squares": self.squares,
@@ -76,6 +76,11 @@ class Partition:
         known = state["distances"]
         if known is not None and (known.ndim != 2 or len(known) != clusters or known.shape[1] > size):
             fail("distances", f"a shape of [{clusters}, at most {size}]", shape_of(known))
+        r, labels = state["r"], state["labels"]
+        if not bool(((r == UNASSIGNED) | ((r >= 0) & (r <= 1 + ROUNDING))).all()):
+            fail("r", "numbers from 0 to 1, or -1 where a row is unassigned", "others")
+        if labels is not None and len(labels) and not -1 <= int(labels.min()) <= int(labels.max()) < clusters:
+            fail("labels", f"numbers from -1 to {clusters - 1}", f"{int(labels.min())} to {int(labels.max())}")
         if len(state["walks"]) != clusters or clusters == 0:
             fail("walks", f"one for each of {clusters} clusters, at least one", len(state["walks"]))
         for rows in state["walks"]:
@@ -83,7 +88,6 @@ class Partition:
         partition = cls(own(state["r"]), own(state["ids"]), own(state["distances"]), p=own(state["p"]))
         partition.labels = own(state["labels"])
         partition.walks = [own(walk) for walk in state["walks"]]
-        partition.assigned = state["assigned"]
         partition.sums, partition.squares, partition.counted = (own(state[n]) for n in ("sums", "squares", "counted"))
         partition.dissolved = {z: cls.from_state(child, size) for z, child in state["dissolved"]}
         partition.tailed = None if state["tailed"] is None else cls.from_state(state["tailed"], size)

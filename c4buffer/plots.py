@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 import torch
 from torch import Tensor
 
-from ._checks import fail, shape_of
+from ._checks import check_finite, fail, requiring, shape_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,7 +46,8 @@ def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
     @functools.wraps(draw)
     def styled(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        from matplotlib import rc_context
+        with requiring("a figure", "plots"):
+            from matplotlib import rc_context
 
         with rc_context(STYLE):
             return draw(*args, **kwargs)
@@ -165,12 +166,18 @@ def gradient_space(
         responsibilities: by name: r, [N, K]; the colour is that of the arg-max.
         columns: panels in a row. None: all of them.
     """
+    if len(embeddings) == 0 or embeddings.keys() != responsibilities.keys():
+        names = [", ".join(each) or "none" for each in (embeddings, responsibilities)]
+        fail("responsibilities", f"the names of embeddings, at least one ({names[0]})", names[1])
     columns = columns or len(embeddings)
     rows = -(-len(embeddings) // columns)
     figure, axes = _figure(columns, rows=rows, width=6 * columns, height=4.6 * rows)
     for panel, (name, y) in zip(axes, embeddings.items()):
         r = responsibilities[name]
-        if y.ndim != 2 or len(r) != len(y):
+        if y.ndim != 2 or len(y) < 2 or y.shape[1] < 2:
+            fail("embeddings", "[N, E] with at least two rows and two columns", shape_of(y))
+        check_finite("embeddings", y)
+        if r.ndim != 2 or len(r) != len(y):
             fail("responsibilities", f"[N, K] with N = {len(y)}", shape_of(r))
         points, explained = _principal_plane(y)
         labels = r.argmax(dim=1).cpu()

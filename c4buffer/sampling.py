@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from ._checks import check_integer, fail
-from .partition import BLOCK_ROWS, Partition, all_but, check_responsibilities, check_rows
+from .partition import BLOCK_ROWS, ROUNDING, Partition, all_but, check_responsibilities, check_rows
 
 BLOCK_INDICES = 1 << 14  # drawn ahead at most, and at most BLOCK_BATCHES batches
 BLOCK_BATCHES = 64
 PROPOSALS = 1 << 18  # rows drawn at once, to be given to clusters
 POOL_ROWS = 1 << 14  # kept for each cluster beyond what was asked for
 SMALLEST_SHARE_BY_PROPOSAL = 1 / 16  # below it, a table of cumulative weights
-ROUNDING = 1e-6  # by so much responsibilities in float32 may sum to more than one
 
 
 class SingleClusterSampler:
@@ -163,18 +162,24 @@ class SingleClusterSampler:
             fail("labels", "those of the rows" if partition.labels is None else "none, with replacement", "the other")
         for rows in (state["everything"], *state["ahead_rows"], *state["pools"]):
             check_rows("rows drawn ahead", rows, size)
+        block = check_integer("block", state["block"], minimum=1)
+        ahead_for = check_integer("ahead_for", state["ahead_for"], minimum=0)
+        drawn, clusters = state["ahead_rows"], state["ahead_clusters"]
+        known = [-1] if partition is None else partition.ids.tolist()
+        if len(drawn) != len(clusters) or any(len(rows) != ahead_for for rows in drawn) or set(clusters) - set(known):
+            fail("rows drawn ahead", f"batches of {ahead_for}, each with its cluster", "others")
         trajectories = state["trajectories"]
         if trajectories is not None:
-            numbers, times, clusters = (part.clone() for part in trajectories)
-            if not numbers.shape == times.shape == clusters.shape or numbers.ndim != 1 or len(numbers) > size:
+            numbers, times, places = (part.clone() for part in trajectories)
+            if not numbers.shape == times.shape == places.shape or numbers.ndim != 1 or len(numbers) > size:
                 fail("trajectories", f"those of at most {size} rows", "others")
-            check_rows("trajectories", clusters, len(state["partition"]["ids"]))
+            check_rows("trajectories", places, len(state["partition"]["ids"]))
         self.generator.set_state(state["generator"].clone())
         self._partition, self.size = partition, size
-        self._trajectories = None if trajectories is None else (numbers, times, clusters)
+        self._trajectories = None if trajectories is None else (numbers, times, places)
         self._everything = state["everything"].clone()
-        self._ahead = deque(zip([rows.clone() for rows in state["ahead_rows"]], state["ahead_clusters"]))
-        self._ahead_for, self._block = state["ahead_for"], state["block"]
+        self._ahead = deque(zip([rows.clone() for rows in drawn], clusters))
+        self._ahead_for, self._block = ahead_for, block
         self._pools = [rows.clone() for rows in state["pools"]]
 
     def sample(self, batch_size: int) -> tuple[Tensor, int]:

@@ -929,7 +929,7 @@ def test_an_empty_buffer_has_nothing_to_sample(attached: bool) -> None:
         ("n_clusters", True, "an integer of at least 1, got True"),
         ("embedding", "pixels", "one of 'gradients', 'features', got 'pixels'"),
         ("embedding", None, "one of 'gradients', 'features', got None"),
-        ("refresh", 1000, "a callable or None, got 1000"),
+        ("refresh", 1000, "a callable or None, as Every(1000), got 1000"),
         ("clusterer", "kmeans", "a callable or None, got 'kmeans'"),
         ("assignment", "firm", "one of 'soft', 'hard', got 'firm'"),
         ("storage", "disk", "one of 'memory', 'pinned', 'device', 'memmap', got 'disk'"),

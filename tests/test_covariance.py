@@ -674,3 +674,21 @@ def test_theorem_2_holds_in_single_precision_far_from_zero() -> None:
         target_g, online, torch.randn(2000, 3, generator=g).softmax(dim=1)
     )
     assert float((whole - within - between).norm()) < 1e-5
+
+
+@pytest.mark.parametrize("scale", ["relative", "correlation"])
+def test_a_spread_of_a_thousand_roundings_is_no_rounding(scale: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(5, generator=generator)
+    target_g, g = (common + 1e-4 * torch.randn(256, 5, generator=generator) for _ in range(2))
+    values = torch.randn(256, generator=generator)
+    penalty = CovariancePenalty(1.0, scale=scale)
+    exact = penalty._term(values.double(), target_g.double(), g.double())
+    assert exact > 0
+    assert penalty._term(values, target_g, g).item() == pytest.approx(exact.item(), rel=0.02)
+
+
+def test_the_decomposition_refuses_pairs_that_do_not_fit() -> None:
+    shapes = re.escape("target_gradients and gradients: expected one shape [B, D], got [3, 2] and [3, 4]")
+    with pytest.raises(ValueError, match="^" + shapes):
+        decompose_cross_covariance(torch.zeros(3, 2), torch.zeros(3, 4), torch.ones(3, 1))

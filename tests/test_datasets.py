@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections import Counter
+from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +17,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from c4buffer import Transitions, load_d4rl
+from c4buffer import Transitions, load_d4rl, load_minari, plots
 
 DATA = Path(__file__).parents[1] / "data"
 FILES = [DATA / f"hopper-{policy}-10k.hdf5" for policy in ("medium-expert", "medium-replay")]
@@ -105,6 +107,37 @@ def test_a_group_in_the_place_of_an_array_is_named(tmp_path: Path) -> None:
         file.create_group("observations").create_dataset("image", data=np.zeros(7))
     with pytest.raises(ValueError, match=r"hdf5: observations: expected an array \[N, ...\], got a group of image$"):
         load_d4rl(path)
+
+
+def test_a_single_number_and_another_kind_of_file_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "data.hdf5"
+    with h5py.File(path, "w") as file:
+        for name in ("observations", "actions", "terminals"):
+            file[name] = np.zeros((3, 1))
+        file["rewards"] = 3.0
+    with pytest.raises(ValueError, match=r"rewards: expected an array \[N, ...\], got a single number"):
+        load_d4rl(path)
+    path.write_text("no HDF5")
+    with pytest.raises(ValueError, match="path: expected an HDF5 file in D4RL's layout, got another kind of file, .*5"):
+        load_d4rl(path)
+    with pytest.raises(FileNotFoundError):
+        load_d4rl(tmp_path / "none.hdf5")
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "call"),
+    [
+        ("h5py", "data", lambda: load_d4rl("data.hdf5")),
+        ("minari", "data", lambda: load_minari("mujoco/hopper/medium-v0")),
+        ("matplotlib", "plots", lambda: plots.gradient_space({}, {})),
+    ],
+)
+def test_a_package_that_is_missing_is_named_with_its_extra(
+    package: str, extra: str, call: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf'needs {package}: pip install "c4buffer\[{extra}\]"'):
+        call()
 
 
 def test_a_field_of_the_wrong_length_is_named(tmp_path: Path) -> None:

@@ -918,3 +918,60 @@ def test_components_that_start_again_do_so_at_rows_that_differ(covariance: Any) 
     start[:, 0] = 1
     found = GaussianMixture(3, covariance=covariance, max_iterations=5).fit(X, initial=start)
     assert float((found.responsibilities[:, 1] - found.responsibilities[:, 2]).abs().max()) > 0.1
+
+
+def test_without_a_generator_a_fit_is_that_of_seed_zero() -> None:
+    X = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
+    found, expected = (
+        GaussianMixture(4, generator=generator).fit(X) for generator in (None, torch.Generator().manual_seed(0))
+    )
+    assert torch.equal(found.responsibilities, expected.responsibilities)
+    assert not torch.equal(
+        found.responsibilities, GaussianMixture(4, generator=torch.Generator().manual_seed(1)).fit(X).responsibilities
+    )
+
+
+@pytest.mark.parametrize(("mass", "empty"), [(0.4, True), (0.6, False)])
+def test_a_component_of_less_than_half_a_row_is_empty(mass: float, empty: bool) -> None:
+    X = torch.randn(60, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    X[17] = 30.0
+    start = torch.zeros(60, 2, dtype=torch.float64)
+    start[3, 1] = mass
+    start[:, 0] = 1 - start[:, 1]
+    result = GaussianMixture(2, max_iterations=0).fit(X, initial=start)
+    torch.testing.assert_close(result.means[1], X[17] if empty else X[3])
+
+
+@pytest.mark.parametrize("covariance", ["full", "diag"])
+def test_a_component_that_starts_again_is_regularised(covariance: Any) -> None:
+    X = torch.randn(60, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    X[:, 1] = 5.0
+    start = torch.eye(2, dtype=torch.float64)[torch.zeros(60, dtype=torch.int64)]
+    result = GaussianMixture(2, covariance=covariance, regularization=0.25, max_iterations=0).fit(X, initial=start)
+    variances = result.covariances if covariance == "diag" else result.covariances.diagonal(dim1=1, dim2=2)
+    expected = torch.tensor([float(X[:, 0].var(correction=0)) + 0.25, 0.25], dtype=torch.float64)
+    torch.testing.assert_close(variances[1], expected)
+
+
+def test_a_start_that_misses_one_by_more_than_a_thousandth_is_refused() -> None:
+    X, start = torch.randn(6, 2, generator=torch.Generator().manual_seed(0)), torch.full((6, 2), 0.5)
+    start[4, 0] = 0.502
+    with pytest.raises(ValueError, match="^initial: expected responsibilities: .*, got rows that miss it by 0.00"):
+        GaussianMixture(2).fit(X, initial=start)
+
+
+@pytest.mark.parametrize("covariance", ["full", "diag", "tied"])
+def test_weights_sum_to_one_after_a_component_starts_again(covariance: Any) -> None:
+    X = torch.randn(60, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start = torch.eye(3, dtype=torch.float64)[torch.arange(60) % 2]
+    result = GaussianMixture(3, covariance=covariance, max_iterations=0).fit(X, initial=start)
+    torch.testing.assert_close(result.weights, torch.tensor([3, 3, 2], dtype=torch.float64) / 8)
+
+
+def test_rows_so_far_out_that_their_products_overflow_have_shares_that_sum_to_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    column = 1e-6 * torch.randn(200, 1, generator=generator)
+    X = torch.cat([column, column + 1e-7 * torch.randn(200, 1, generator=generator)], dim=1)  # whitening is 1e7
+    result = GaussianMixture(2, regularization=0).fit(X)
+    far = torch.tensor([[1e37, 1e37], [-1e37, -1e37], [1e37, -1e37]])
+    torch.testing.assert_close(result.responsibilities_of(far).sum(dim=1), torch.ones(3))

@@ -186,3 +186,21 @@ def test_what_spans_several_steps_already_is_refused() -> None:
     with pytest.raises(ValueError, match="intervals: expected 1, as single steps are joined when sampling, got 2"):
         buffer.extend(data)
     assert len(buffer) == 0
+
+
+def test_the_next_action_is_that_of_the_windows_last_row() -> None:
+    rows = torch.arange(6.0)
+    states = rows.unsqueeze(1)
+    data = Transitions(
+        observations=states,
+        actions=states,
+        rewards=torch.ones(6),
+        next_observations=states + 1,
+        terminals=torch.tensor([0.0, 0, 0, 1, 0, 0]),
+    )
+    buffer = ClusteredReplayBuffer.from_transitions(data, n_steps=2, discount=0.5, seed=0)
+    batch = buffer.rows()
+    # the last rows of the windows are 1, 2, 3, 3, 5, 5, and 3 and 5 have no next action but their own
+    assert batch.next_actions.squeeze(1).tolist() == [2, 3, 3, 3, 5, 5]
+    assert batch.has_next_actions.tolist() == [1, 1, 0, 0, 0, 0]
+    assert batch.actions.squeeze(1).tolist() == rows.tolist()

@@ -111,6 +111,27 @@ def test_flags_that_are_none_are_named(form: Any, name: str) -> None:
         load_ogbench(fields)
 
 
+@pytest.mark.parametrize("name", ["masks", "terminals", "observations"])
+def test_a_single_number_in_the_place_of_an_array_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}: expected an array \[N, ...\], got a single number"):
+        load_ogbench({**states(), name: np.float32(1)})
+
+
+def test_of_a_file_nothing_is_read_but_the_fields(tmp_path: Path) -> None:
+    path = tmp_path / "data.npz"
+    np.savez(path, **states(), infos=np.array([{"a": 1}], dtype=object))  # type: ignore[arg-type]
+    assert len(load_ogbench(path)) == 5
+    np.save(tmp_path / "array.npy", np.zeros((3, 2)))
+    with pytest.raises(ValueError, match=r"dataset: expected a mapping or an .npz file, got an array \[3, 2\]"):
+        load_ogbench(tmp_path / "array.npy")
+
+
+def test_tensors_stay_where_they_are_under_another_default_device() -> None:
+    with torch.device("meta"):
+        data = load_ogbench({name: torch.from_numpy(column) for name, column in regular().items()})
+    assert {column.device.type for column in (data.terminals, data.timeouts, data.rewards)} == {"cpu"}
+
+
 def test_no_rows_are_told() -> None:
     for form in (states, regular):
         with pytest.raises(ValueError, match="^observations: expected at least one transition, got none$"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import matplotlib as mpl
 import pytest
@@ -63,6 +64,22 @@ def test_gradient_space_colours_rows_by_their_likeliest_cluster() -> None:
 def test_gradient_space_refuses_responsibilities_of_other_rows() -> None:
     with pytest.raises(ValueError, match=r"responsibilities: expected \[N, K\] with N = 5, got \[4, 2\]"):
         plots.gradient_space({"C4": torch.randn(5, 4)}, {"C4": torch.ones(4, 2)})
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "responsibilities", "message"),
+    [
+        ({}, {}, r"responsibilities: expected the names of embeddings, at least one \(none\), got none"),
+        ({"a": torch.randn(5, 4)}, {"b": torch.ones(5, 2)}, r"responsibilities: expected the names .* \(a\), got b"),
+        ({"a": torch.randn(5, 1)}, {"a": torch.ones(5, 2)}, r"embeddings: expected \[N, E\] with at least two rows"),
+        ({"a": torch.randn(1, 4)}, {"a": torch.ones(1, 2)}, r"embeddings: expected \[N, E\] with at least two rows"),
+        ({"a": torch.full((5, 4), torch.nan)}, {"a": torch.ones(5, 2)}, "embeddings: expected finite values"),
+        ({"a": torch.randn(5, 4)}, {"a": torch.ones(5)}, r"responsibilities: expected \[N, K\] with N = 5, got \[5\]"),
+    ],
+)
+def test_gradient_space_refuses_what_it_can_not_draw(embeddings: Any, responsibilities: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plots.gradient_space(embeddings, responsibilities)
 
 
 def test_diagnosis_draws_what_each_theorem_names_over_the_updates() -> None:

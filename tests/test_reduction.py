@@ -371,3 +371,23 @@ def test_embeddings_may_have_a_graph(reduction: Any) -> None:
     clusterer = ReducedClusterer(MixtureClusterer(2), max_dim=3, reduction=reduction)
     assert clusterer(X).shape == (len(X), 2)
     assert isinstance(clusterer.log_likelihood_of(X), float)
+
+
+@pytest.mark.parametrize("reduction", ["projection", "pca"])
+def test_wide_embeddings_are_reduced_in_full_precision_under_autocast(reduction: Any) -> None:
+    X = torch.randn(300, 12, generator=torch.Generator().manual_seed(0))
+    plain, found = (ReducedClusterer(MixtureClusterer(2), max_dim=4, reduction=reduction) for _ in range(2))
+    expected = plain(X), plain.log_likelihood_of(X)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        responsibilities = found(X)
+        likelihood = found.log_likelihood_of(X)
+    assert torch.equal(responsibilities, expected[0])
+    assert likelihood == expected[1]
+
+
+def test_a_clusterer_that_reduces_is_not_wrapped_again() -> None:
+    rows = torch.zeros(4, 1)
+    data = Transitions(observations=rows, actions=rows, rewards=rows, next_observations=rows, terminals=rows)
+    own = ReducedClusterer(MixtureClusterer(1), max_dim=3, reduction="pca")
+    buffer = ClusteredReplayBuffer.from_transitions(data, clusterer=own)
+    assert buffer._rows.clusterer is own

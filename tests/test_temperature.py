@@ -168,3 +168,27 @@ def test_ranks_step_by_the_mean_of_their_likelihoods(tmp_path: Path) -> None:
     multiprocessing.spawn(_step_on_rank, args=(port, str(tmp_path)), nprocs=2)
     betas = [torch.load(tmp_path / f"{rank}.pt").item() for rank in range(2)]
     assert betas == [pytest.approx(1 + 0.5 * 2.5)] * 2
+
+
+def test_only_steps_in_a_row_at_the_maximum_count_and_the_warning_comes_once() -> None:
+    controller = TemperatureController(5.0, learning_rate=1.0, initial=1.0, maximum=2.0)
+
+    def steps(count: int, log_prob: float = -3.0) -> None:
+        for _ in range(count):
+            controller.step(torch.tensor([log_prob]))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steps(999)
+        steps(1, 6.0)  # below it for once
+        steps(999)
+    with pytest.warns(UserWarning, match="beta has been at its maximum, 2, for 1,000 steps"):
+        steps(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steps(1, 6.0)
+        steps(1001)
+
+
+def test_beta_may_start_at_its_maximum() -> None:
+    assert TemperatureController(0.0, initial=2.0, maximum=2.0).beta.item() == 2

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from c4buffer import Transitions
+from c4buffer.transitions import ends_of
 
 few_examples = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
@@ -442,3 +443,18 @@ def test_replaced_timeouts_are_what_was_given() -> None:
     assert t.replace(timeouts=[1, 0]).timeouts.tolist() == [1, 0]
     with pytest.raises(ValueError, match="timeouts: expected 0 or 1"):
         t.replace(timeouts=[2, 0])
+
+
+def test_a_trajectory_ends_at_flags_where_the_next_row_is_elsewhere_and_at_the_last_row() -> None:
+    states = torch.arange(6.0).unsqueeze(1)
+    following = states + 1
+    following[3] = 7.0  # row 4 is not there
+    data = Transitions(
+        observations={"a": torch.zeros(6, 2), "b": states},
+        actions=states,
+        rewards=torch.zeros(6),
+        next_observations={"a": torch.zeros(6, 2), "b": following},
+        terminals=torch.tensor([0, 1, 0, 0, 0, 0]),
+    )[:5]
+    assert ends_of(data).tolist() == [False, True, False, True, True]
+    assert data.timeouts.tolist() == [0] * 5

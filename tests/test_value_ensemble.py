@@ -136,6 +136,14 @@ def test_the_expected_minimum_is_about_that_of_normal_members(members: int) -> N
     torch.testing.assert_close(advantage.uncertainty(v), spread)
 
 
+def test_a_member_that_is_no_number_is_not_passed_over() -> None:
+    v = torch.tensor([[1.0, 1.0], [2.0, math.nan], [3.0, 0.0]])
+    advantage = VEnsembleAdvantage(quantile=0.5)
+    q = torch.zeros(2)
+    for found in (advantage.target(v), advantage.advantage(q, v), advantage.weights(q, v), advantage.uncertainty(v)):
+        assert found.isnan().tolist() == [False, True]
+
+
 def test_what_is_read_off_the_ensemble_compiles_without_a_break() -> None:
     advantage = VEnsembleAdvantage(quantile=0.3)
     q, v = torch.randn(5), torch.randn(4, 5)
@@ -316,3 +324,42 @@ def test_a_compiled_ensemble_is_the_same() -> None:
 def test_wrong_input_is_refused(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+ADVANTAGE = VEnsembleAdvantage(quantile=0.5)
+
+
+def test_biases_start_as_torchs_do_and_layer_norms_as_no_change() -> None:
+    torch.manual_seed(0)
+    ensemble = VEnsemble(10, n_members=3, layer_norm=True)
+    for weight, bias in zip(ensemble.weights, ensemble.biases):
+        bound = 1 / math.sqrt(weight.shape[1])
+        assert 0 < bias.detach().abs().max() <= bound
+        if bias.numel() > 100:
+            assert float(bias.detach().std()) == pytest.approx(bound / math.sqrt(3), rel=0.2)
+    assert all(bool((scale == 1).all()) for scale in ensemble.scales)
+    assert all(bool((shift == 0).all()) for shift in ensemble.shifts)
+
+
+@pytest.mark.parametrize(
+    "ask", [lambda q, v: sparse_value_loss(q, v, alpha=1.0), ADVANTAGE.advantage, ADVANTAGE.weights]
+)
+def test_a_column_of_values_is_refused_and_not_broadcast(ask: Any) -> None:
+    with pytest.raises(ValueError, match=r"^q: expected \[B\] with B = 3, as v has it, got \[3, 1\]$"):
+        ask(torch.zeros(3, 1), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("ask", [ADVANTAGE.uncertainty, ADVANTAGE.expected_minimum, ADVANTAGE.target])
+def test_one_vector_is_no_ensemble(ask: Any) -> None:
+    with pytest.raises(ValueError, match=r"^v: expected \[m, B\] with at least one member, got \[4\]$"):
+        ask(torch.zeros(4))
+
+
+def test_columns_in_the_policy_loss_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^q, log_prob and weights: expected one shape \[B\], got \[3, 1\]"):
+        cloning_policy_loss(*torch.zeros(3, 3, 1), 1.0)
+
+
+def test_weights_clipped_to_zero_are_refused() -> None:
+    with pytest.raises(ValueError, match="^max_weight: expected a finite number above 0, got 0"):
+        VEnsembleAdvantage(quantile=0.5, max_weight=0)

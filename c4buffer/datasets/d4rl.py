@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .._checks import fail
+from .._checks import fail, requiring
 from ..transitions import Transitions
 from .arrays import as_network_input
 
@@ -24,10 +24,14 @@ def load_d4rl(path: str | Path) -> Transitions:
     not end in a terminal is left out, as it has none; the row before it is the timeout then.
 
     Raises:
-        ValueError: if a field is missing or no array, or no row has a next observation; names it.
+        ValueError: if the file is no HDF5 file, a field is missing or no array, or no row has a next observation; names
+            it.
     """
-    import h5py
+    with requiring("a file in D4RL's layout", "data"):
+        import h5py
 
+    if Path(path).is_file() and not h5py.is_hdf5(path):
+        fail("path", "an HDF5 file in D4RL's layout", f"another kind of file, {path}")
     with h5py.File(path, "r") as file:
         missing = [name for name in REQUIRED if name not in file]
         if missing:
@@ -35,6 +39,9 @@ def load_d4rl(path: str | Path) -> Transitions:
         groups = [name for name in (*REQUIRED, *OPTIONAL) if isinstance(file.get(name), h5py.Group)]
         if groups:
             fail(f"{path}: {groups[0]}", "an array [N, ...]", f"a group of {', '.join(file[groups[0]]) or 'nothing'}")
+        numbers = [name for name in (*REQUIRED, *OPTIONAL) if name in file and file[name].shape == ()]
+        if numbers:
+            fail(f"{path}: {numbers[0]}", "an array [N, ...]", "a single number")
         fields: dict[str, Any] = {
             name: as_network_input(name, file[name][:]) for name in (*REQUIRED, *OPTIONAL) if name in file
         }

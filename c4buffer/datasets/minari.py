@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .._checks import fail, shape_of
+from .._checks import fail, requiring, shape_of
 from ..transitions import Observations, Transitions, map_observations
 from .arrays import as_network_input
 
@@ -34,7 +34,8 @@ def load_minari(
         ValueError: if there is no step, or if an episode's actions or observations are of a kind that Transitions
             cannot hold (texts, nested dicts, several action arrays); names the episode and the field.
     """
-    import minari
+    with requiring("a dataset of Minari's", "data"):
+        import minari
 
     if isinstance(dataset, str):
         dataset = minari.load_dataset(dataset, download=download)

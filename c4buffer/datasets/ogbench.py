@@ -43,8 +43,11 @@ def load_ogbench(dataset: Mapping[str, Any] | str | Path) -> Transitions:
     ([0.0, 1.0, 0.0], [0.0, 0.0, 1.0])
     """
     if not isinstance(dataset, Mapping):
-        with np.load(dataset) as file:
-            return load_ogbench(dict(file))
+        file = np.load(dataset)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            fail("dataset", "a mapping or an .npz file", f"an array {list(file.shape)}, {dataset}")
+        with file:
+            return load_ogbench({name: file[name] for name in (*REQUIRED, *OPTIONAL) if name in file})
     missing = [name for name in REQUIRED if name not in dataset]
     if missing:
         fail(
@@ -54,12 +57,15 @@ def load_ogbench(dataset: Mapping[str, Any] | str | Path) -> Transitions:
         )
     names = [name for name in (*REQUIRED, *OPTIONAL) if name in dataset]
     columns = {name: as_network_input(name, dataset[name]) for name in names}
+    numbers = [name for name, column in columns.items() if column.ndim == 0]
+    if numbers:
+        fail(numbers[0], "an array [N, ...]", "a single number")
     rows = len(columns["terminals"])
     for name, column in columns.items():
         if len(column) != rows:
             fail(name, f"{rows} rows, as many as terminals", len(column))
         if name in FLAGS:
-            columns[name] = as_flags(name, column, rows, like=torch.empty(0))
+            columns[name] = as_flags(name, column, rows, like=torch.empty(0, device=column.device))
     if "next_observations" not in columns and rows > 0:
         columns = _followed(columns)
     solved = 1 - columns["masks"]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._checks import check_choice, check_fraction, check_integer, check_number, fail, is_finite_number, shape_of
 from ..inference import outside_inference_mode
@@ -73,6 +73,10 @@ def estimate_log_likelihood_target(
     pair = isinstance(action_bounds, (tuple, list)) and len(action_bounds) == 2
     if not pair or not all(map(is_finite_number, action_bounds)) or not action_bounds[0] < action_bounds[1]:
         fail("action_bounds", "(low, high), finite, with low below high", repr(action_bounds))
+    if not isinstance(transitions, Transitions):
+        fail("transitions", "a Transitions record", type(transitions).__name__)
+    if isinstance(make_policy, nn.Module) or not callable(make_policy):
+        fail("make_policy", "a callable that makes a policy, as `lambda: Policy(...)`", type(make_policy).__name__)
     if not transitions.actions.is_floating_point():
         fail("transitions", "continuous actions, which have a density", "discrete ones")
     if len(transitions) < 2:
@@ -105,14 +109,17 @@ def _held_out_likelihoods(
         torch.default_generator.manual_seed(seed)
         for each in graphics:
             torch.cuda.default_generators[each.index or 0].manual_seed(seed)
-        policy = make_policy()
+        policy: Any = make_policy()
+        if not isinstance(policy, nn.Module) or not callable(getattr(policy, "log_prob", None)):
+            fail("make_policy", "a module with log_prob(observations, actions)", type(policy).__name__)
         optimizer = torch.optim.Adam(policy.parameters(), lr=learning_rate)
         best: Tensor | None = None
         for update in range(updates + 1):
             if update % max(1, updates // EVALUATIONS) == 0 or update == updates:
                 found = _judged(policy, unseen)
                 if not bool(torch.isfinite(found).all()):
-                    fail("make_policy", "a policy with finite log-likelihoods", f"{float(found.sum())} in all")
+                    expected = "a policy with finite log-likelihoods (a squashed one has none at its actions' bounds)"
+                    fail("make_policy", expected, f"{float(found.sum())} in all")
                 if best is None or found.mean() > best.mean():
                     best = found
             if update == updates:

@@ -65,7 +65,8 @@ def ensemble_quantile(v: Tensor, *, quantile: float) -> Tensor:
     ordered = v.sort(dim=0).values
     place = quantile * (len(v) - 1)
     below = min(int(place), len(v) - 2)
-    return torch.lerp(ordered[below], ordered[below + 1], place - below)
+    found = torch.lerp(ordered[below], ordered[below + 1], place - below)
+    return torch.where(ordered[-1].isnan(), ordered[-1], found)  # a NaN is sorted last
 
 
 def ensemble_spread(v: Tensor) -> Tensor:

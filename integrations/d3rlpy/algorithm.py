@@ -111,7 +111,7 @@ def _check_supported(algo: Any) -> None:
     if isinstance(algo, WITHOUT_CRITIC):
         fail("algo", "a Q-learning algorithm", f"{name}, which has no critic whose covariance could be controlled")
     if not isinstance(algo, QLearningAlgoBase):
-        fail("algo", "a d3rlpy Q-learning algorithm", name)
+        fail("algo", "a d3rlpy Q-learning algorithm, as create() makes one of a config", name)
     if not isinstance(algo, SUPPORTED):
         fail("algo", "one of " + ", ".join(sorted(cls.__name__ for cls in SUPPORTED)), name)
     if type(algo).update not in (QLearningAlgoBase.update, ACTIVE.update):
@@ -165,7 +165,7 @@ class C4Algorithm(QLearningAlgoBase):
     def fitter(self, dataset: Any, *arguments: Any, **options: Any) -> Iterator[tuple[int, dict[str, float]]]:
         """d3rlpy's `fitter`, drawing its batches from a ClusteredReplayBuffer of the dataset."""
         if not isinstance(dataset, ReplayBufferBase):
-            fail("dataset", "a d3rlpy dataset", type(dataset).__name__)
+            fail("dataset", "a d3rlpy dataset, as dataset_of(transitions) makes one", type(dataset).__name__)
         mixed = isinstance(dataset, MixedReplayBuffer)
         if mixed:
             self._c4_check_fresh("fit with a MixedReplayBuffer")

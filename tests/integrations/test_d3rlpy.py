@@ -614,7 +614,10 @@ def test_algorithms_without_a_critic_are_refused_with_the_reason(config: type) -
 
 
 def test_other_algorithms_are_refused() -> None:
-    with pytest.raises(ValueError, match="algo: expected a d3rlpy Q-learning algorithm, got DecisionTransformer"):
+    with pytest.raises(
+        ValueError,
+        match="algo: expected a d3rlpy Q-learning algorithm, as create.* of a config, got DecisionTransformer",
+    ):
         wrap(DecisionTransformerConfig().create())
 
     class Other(QLearningAlgoBase):

@@ -190,6 +190,24 @@ def test_settings_given_to_load_count_and_are_checked(tmp_path: Path) -> None:
         loaded(value_loss="expectlie")
 
 
+def test_settings_of_a_live_model_count_are_checked_and_can_be_loaded(tmp_path: Path) -> None:
+    transitions = data().replace(actions=data().actions.clamp(-1, 1))
+    model = active(Toy(), likelihood_target=-3.0)
+    model.max_beta = 0.5
+    learn_offline(model, transitions, 2)
+    assert float(model.temperature_controller.beta.detach()) == 0.5
+    model.save(tmp_path / "model")
+    loaded = ACTIVE.load(tmp_path / "model", device="cpu")
+    assert float(loaded.temperature_controller.beta.detach()) == 0.5
+    for name, value in (("value_loss", "expctile"), ("max_beta", -1.0)):
+        setattr(loaded, name, value)
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            loaded.train(1, 8)
+        setattr(loaded, name, getattr(model, name))
+    with pytest.raises(ValueError, match=r"^initial_beta: expected at most max_beta, 0.5, got 1.0"):
+        active(Toy(), max_beta=0.5)
+
+
 def test_a_refused_learn_leaves_nothing_behind_and_a_filled_buffer_is_data() -> None:
     model = active(
         Toy(), likelihood_target="auto", replay_buffer_class=ClusteredReplayBuffer, learning_starts=0, batch_size=8

@@ -162,6 +162,8 @@ class ACTIVE(OffPolicyAlgorithm):
         self.q_weight = q_weight
         if _init_setup_model:
             self._setup_model()
+            if self.max_beta is not None and self.initial_beta > self.max_beta:
+                fail("initial_beta", f"at most max_beta, {self.max_beta!r}", repr(self.initial_beta))
 
     def _setup_model(self) -> None:
         self._check_settings()
@@ -177,12 +179,12 @@ class ACTIVE(OffPolicyAlgorithm):
         self.temperature_controller = TemperatureController(
             None if isinstance(self.likelihood_target, str) else self.likelihood_target,
             learning_rate=self.beta_learning_rate,
-            initial=self.initial_beta,
+            initial=self.initial_beta if self.max_beta is None else min(self.initial_beta, self.max_beta),
             maximum=self.max_beta,
         ).to(self.device)
 
     def _check_settings(self) -> None:
-        """Here, as `load` puts settings in after the constructor."""
+        """Here, as `load` puts settings in after the constructor, and users at any time."""
         check_choice("value_loss", self.value_loss, ("expectile", "sparse"))
         check_integer("n_members", self.n_members, minimum=1)
         if "n_members" in self.policy_kwargs:
@@ -201,8 +203,7 @@ class ACTIVE(OffPolicyAlgorithm):
         check_number("beta_learning_rate", self.beta_learning_rate, minimum=0)
         if self.max_beta is not None:
             check_number("max_beta", self.max_beta, minimum=0, exclusive=True)
-        if check_number("initial_beta", self.initial_beta, minimum=0) > (self.max_beta or math.inf):
-            fail("initial_beta", f"at most max_beta, {self.max_beta!r}", repr(self.initial_beta))
+        check_number("initial_beta", self.initial_beta, minimum=0)
 
     def _create_aliases(self) -> None:
         self.actor = self.policy.actor
@@ -225,6 +226,7 @@ class ACTIVE(OffPolicyAlgorithm):
         assert self.replay_buffer is not None
         if gradient_steps < 1:
             return
+        self._check_settings()
         if self.likelihood_target == "auto":
             self.estimate_likelihood_target()
         controller = self.temperature_controller  # whose settings are those of now
