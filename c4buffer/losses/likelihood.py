@@ -109,9 +109,10 @@ def _held_out_likelihoods(
         torch.default_generator.manual_seed(seed)
         for each in graphics:
             torch.cuda.default_generators[each.index or 0].manual_seed(seed)
-        policy: Any = make_policy()
-        if not isinstance(policy, nn.Module) or not callable(getattr(policy, "log_prob", None)):
+        policy = make_policy()
+        if not (isinstance(policy, nn.Module) and callable(getattr(policy, "log_prob", None))):
             fail("make_policy", "a module with log_prob(observations, actions)", type(policy).__name__)
+        log_prob_of: Any = policy.log_prob
         optimizer = torch.optim.Adam(policy.parameters(), lr=learning_rate)
         best: Tensor | None = None
         for update in range(updates + 1):
@@ -127,7 +128,7 @@ def _held_out_likelihoods(
             drawn = torch.randint(len(seen), (batch_size,), generator=generator, device="cpu")
             rows = transitions[seen[drawn].to(device)]
             optimizer.zero_grad()
-            (-policy.log_prob(rows.observations, rows.actions).mean()).backward()
+            (-log_prob_of(rows.observations, rows.actions).mean()).backward()
             optimizer.step()
     assert best is not None
     return best
