@@ -66,9 +66,8 @@ class Windows:
         intervals = torch.ones_like(rewards)
         going = torch.ones(len(slots), dtype=torch.bool, device="cpu")
         for step in range(1, self.n_steps):
-            ended = self.storage.column("terminals", here) + self.storage.column("timeouts", here)
-            following = self.neighbours.after(here)
-            going = going & ~(ended.cpu() > 0) & (following >= 0)
+            following = self.neighbours.after(here)  # none where the trajectory ended
+            going = going & (following >= 0)
             if not bool(going.any()):
                 break
             here = torch.where(going, following, here)
