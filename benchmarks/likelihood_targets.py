@@ -50,7 +50,7 @@ def main() -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     table = Table(title="Log-likelihoods of held-out actions, nats")
     for heading in ("data", "uniform", "clone, mean", *(f"{quantile:.0%}" for quantile in QUANTILES)):
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=True)
     for name in parser.parse_args().names:
         table.add_row(name, *(f"{target:.2f}" for target in targets_of(name)))
     Console().print(table)
