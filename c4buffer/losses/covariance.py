@@ -167,7 +167,7 @@ class CovariancePenalty:
             ValueError: for critics of the wrong form (see `Critics`), and for gradients of fewer than two transitions.
         """
         check_critics(critics)
-        if not isinstance(batch, Transitions):
+        if not hasattr(batch, "next_observations"):
             fail("batch", "Transitions, as the buffer's `sample` gives them", type(batch).__name__)
         if values is not None and self.kind == "feature":
             fail("values", "None for kind='feature', which does not use them", "values")

@@ -21,7 +21,7 @@ from c4buffer.clustering import ranks_of_means
 from c4buffer.embedding import embed_rows
 from c4buffer.reduction import reduced
 
-from .reading import transitions_of_samples
+from .reading import joined, picked, transitions_of_samples
 
 GOAL_KEYS = {"observation", "achieved_goal", "desired_goal"}
 LIVE = {"_critics": None, "_sampler": None, "_batch": None, "_clusterer": None}  # while bound; never copied or pickled
@@ -273,7 +273,7 @@ class _Clustered(ReplayBuffer):
             places = np.flatnonzero(environments == e)
             order.append(places)
             samples.append(self._as_one(itemgetter(np.s_[:, e : e + 1]))._get_samples(positions[places], env=env))
-        return _picked(_joined(samples), np.argsort(np.concatenate(order)))
+        return picked(joined(samples), np.argsort(np.concatenate(order)))
 
     def _as_one(self, shown: Callable[[np.ndarray], np.ndarray]) -> Any:
         """A buffer of one environment, whose arrays are views of the own ones."""
@@ -347,23 +347,4 @@ class ClusteredHerReplayBuffer(_Clustered, HerReplayBuffer):
         virtual = int(self.her_ratio * len(rows))
         relabelled = self._get_virtual_samples(positions[:virtual], environments[:virtual], env)
         real = self._get_real_samples(positions[virtual:], environments[virtual:], env)
-        return _joined([real, relabelled])
-
-
-def _joined(parts: list[Any]) -> Any:
-    """Samples one behind the other."""
-    return _each_field(lambda *values: torch.cat(values), parts)
-
-
-def _picked(samples: Any, order: np.ndarray) -> Any:
-    places = torch.from_numpy(order)
-    return _each_field(lambda value: value[places.to(value.device)], [samples])
-
-
-def _each_field(function: Any, parts: list[Any]) -> Any:
-    def apply(values: tuple[Any, ...]) -> Any:
-        if isinstance(values[0], dict):
-            return {key: function(*(value[key] for value in values)) for key in values[0]}
-        return None if values[0] is None else function(*values)
-
-    return type(parts[0])(*(apply(values) for values in zip(*parts)))
+        return joined([real, relabelled])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -137,6 +138,26 @@ def transitions_of_samples(samples: Any) -> Transitions:
             "intervals": torch.ones_like(terminals),
         }
     )
+
+
+def joined(parts: list[Any]) -> Any:
+    """Samples one behind the other."""
+    return _each_field(lambda *values: torch.cat(values), parts)
+
+
+def picked(samples: Any, order: np.ndarray) -> Any:
+    """Samples in this order of their rows, [B]."""
+    places = torch.from_numpy(order)
+    return _each_field(lambda value: value[places.to(value.device)], [samples])
+
+
+def _each_field(function: Any, parts: list[Any]) -> Any:
+    def apply(values: tuple[Any, ...]) -> Any:
+        if isinstance(values[0], dict):
+            return {key: function(*(value[key] for value in values)) for key in values[0]}
+        return None if values[0] is None else function(*values)
+
+    return type(parts[0])(*(apply(values) for values in zip(*parts)))
 
 
 def _check_observations(space: spaces.Space[Any]) -> None:
