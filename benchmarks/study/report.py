@@ -277,7 +277,7 @@ def draw_scores(records: list[dict[str, Any]], arms: Sequence[str]) -> Figure:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="x", color="#e5e7eb")
         panel.set_axisbelow(True)
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(len(arms) - 0.4, -0.6)  # the first at the top
     return figure
 
 
