@@ -16,7 +16,7 @@ from .buffer import ClusteredReplayBuffer
 from .critics import Critics, check_critics, member_values
 from .embedding import embed_rows, noise_of_its_own
 from .inference import outside_inference_mode
-from .losses.covariance import decompose_cross_covariance
+from .losses.covariance import decompose_cross_covariance, span_of
 from .losses.value_ensemble import ensemble_spread
 from .networks import modules_behind
 from .partition import check_responsibilities
@@ -133,8 +133,8 @@ def diagnose(
     parts = [(start, min(start + size, rows)) for start in range(0, rows, size)]
     discounts = torch.cat([discount ** read(*part).intervals.to(g) for part in parts])  # gamma^n, [N]
     columns = g.shape[1]
-    if columns > 2 * rows:  # in an orthonormal basis of their span, all products are the same
-        basis, _ = torch.linalg.qr(torch.cat([target_g, g]).T)
+    basis = span_of(target_g, g)
+    if basis is not None:
         target_g, g = target_g @ basis, g @ basis
         directions = [w @ basis for w in directions]
 

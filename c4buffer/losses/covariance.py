@@ -219,6 +219,18 @@ def rounding_noise(gradients: Tensor) -> Tensor:
     return precision.tiny + (roundings * precision.eps) ** 2 * gradients.detach().square().sum(dim=1).mean()
 
 
+def span_of(target_gradients: Tensor, gradients: Tensor) -> Tensor | None:
+    """An orthonormal basis [D, 2 N] of what gradients [N, D] span, where their columns are more; else None.
+
+    Products of gradients, and the norms and traces of their covariances, are the same in it.
+    """
+    rows, columns = gradients.shape
+    if columns <= 2 * rows:
+        return None
+    basis: Tensor = torch.linalg.qr(torch.cat([target_gradients, gradients]).T)[0]
+    return basis
+
+
 def _centred(values: Tensor) -> Tensor:
     return values - values.mean(dim=0)
 

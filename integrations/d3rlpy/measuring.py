@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from d3rlpy.models.torch.q_functions.iqn_q_function import ContinuousIQNQFunction, DiscreteIQNQFunction
 
-from c4buffer import MixtureClusterer, Transitions, decompose_cross_covariance, stacked_gradients
+from c4buffer import MixtureClusterer, ReducedClusterer, Transitions, decompose_cross_covariance, stacked_gradients
 from c4buffer._checks import fail
+from c4buffer.losses.covariance import span_of
 from c4buffer.networks import evaluating
 
 from .dataset import has_images, scaled_observations, to_mini_batch
@@ -24,6 +25,7 @@ def measure(algo: Any, transitions: Transitions, *, n_clusters: int = 3) -> dict
         algo: a built algorithm, wrapped or not.
         transitions: `transitions_of(dataset, algo)`, scaled as the networks see them; images may be stored ones.
         n_clusters: K of the mixture that splits the cross-covariance; fitted anew each time, to whatever algorithm.
+            Gradients of more than 256 columns, as those by pixels, are reduced for it alone (see `ReducedClusterer`).
 
     Returns:
         mean_q: mean over data and members of Q(s, a).
@@ -41,8 +43,11 @@ def measure(algo: Any, transitions: Transitions, *, n_clusters: int = 3) -> dict
             columns[name] = scaled_observations(columns[name], algo)
         transitions = Transitions.unchecked(columns)
     embeddings = stacked_gradients(critics, transitions)
-    responsibilities = MixtureClusterer(n_clusters)(embeddings)
+    responsibilities = ReducedClusterer(MixtureClusterer(n_clusters))(embeddings, None)
     target_g, g = embeddings.double().chunk(2, dim=1)
+    basis = span_of(target_g, g)
+    if basis is not None:
+        target_g, g = target_g @ basis, g @ basis
     parts = decompose_cross_covariance(target_g, g, responsibilities.double())
     total, within, between = (float(torch.linalg.matrix_norm(part)) for part in parts)
     bound = float((target_g.var(dim=0, correction=0).sum() * g.var(dim=0, correction=0).sum()).sqrt())

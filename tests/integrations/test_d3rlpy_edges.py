@@ -290,7 +290,17 @@ def test_measure_scales_images_as_a_buffer_stores_them() -> None:
     algo.fit(dataset, n_steps=1, n_steps_per_epoch=1, **QUIET)
     stored = algo.c4_buffer.rows()
     assert stored.observations.dtype == torch.uint8
-    assert measure(algo, stored) == measure(algo, transitions_of(dataset, algo))
+    measured = measure(algo, stored)
+    assert measured == measure(algo, transitions_of(dataset, algo))
+
+    target_g, g = stacked_gradients(critics_of(algo), transitions_of(dataset, algo)).double().chunk(2, dim=1)
+    target_g, g = target_g - target_g.mean(dim=0), g - g.mean(dim=0)
+    total = float((target_g.T @ g / len(g)).norm())  # by 1,296 pixels, of 36 rows
+    bound = float(target_g.norm() * g.norm() / len(g))
+    assert measured["total"] == pytest.approx(total)
+    assert measured["correlation"] == pytest.approx(total / bound)
+    assert abs(measured["within"] - measured["between"]) <= measured["total"] * (1 + 1e-9)
+    assert measured["total"] <= (measured["within"] + measured["between"]) * (1 + 1e-9)
 
 
 def test_networks_made_anew_in_a_fit_are_clustered_by() -> None:
