@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ._checks import fail, shape_of
 from .networks import evaluating, modules_behind
-from .transitions import Observations, Transitions, map_observations
+from .observations import Observations, map_observations
+from .transitions import Transitions
 
 
 @dataclass(frozen=True)

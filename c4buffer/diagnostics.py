@@ -19,9 +19,10 @@ from .inference import outside_inference_mode
 from .losses.covariance import decompose_cross_covariance, span_of
 from .losses.value_ensemble import ensemble_spread
 from .networks import modules_behind
+from .observations import Observations, map_observations
 from .partition import check_responsibilities
 from .stacking import PROBE_ROWS, rows_for
-from .transitions import Observations, Transitions, map_observations
+from .transitions import Transitions
 
 NEARLY_ONE = 1e-3  # a direction that was normalised in float16 is still of length one
 

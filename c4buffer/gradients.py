@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ._checks import check_finite, fail
 from .critics import Critics, member_values, members_of
-from .transitions import Observations, Transitions, observation_leaves, with_leaves
+from .observations import Observations, observation_leaves, with_leaves
+from .transitions import Transitions
 
 
 def differentiable_inputs(observations: Observations, actions: Tensor) -> tuple[Observations, Tensor, list[Tensor]]:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from .transitions import Transitions, observation_leaves
+from .observations import observation_leaves
+from .transitions import Transitions
 
 
 def drawn_ahead(

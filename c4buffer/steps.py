@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .transitions import Observations, Transitions, as_tensor
+from .fields import as_tensor
+from .observations import Observations
+from .transitions import Transitions
 
 
 def step_of(

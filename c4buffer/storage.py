@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ._checks import fail
 from .memory import free_bytes
-from .transitions import COLUMNS, Transitions, map_observations, observation_leaves, with_leaves
+from .observations import map_observations, observation_leaves, with_leaves
+from .transitions import COLUMNS, Transitions
 
 FEWEST_ROWS = 1024  # allocated at first by a ring that grows
 

@@ -3,41 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, Union
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ._checks import check_finite, fail, shape_of
-
-Observations = Union[Tensor, Mapping[str, Tensor], tuple[Tensor, ...]]
-
-
-def observation_leaves(observations: Observations) -> list[Tensor]:
-    """The tensors of an observation, in a fixed order (a dict's keys sorted)."""
-    if isinstance(observations, Tensor):
-        return [observations]
-    if isinstance(observations, Mapping):
-        return [observations[key] for key in sorted(observations)]
-    return list(observations)
-
-
-def with_leaves(observations: Observations, leaves: Sequence[Tensor]) -> Observations:
-    """`leaves`, in the order of `observation_leaves`, in the structure of `observations`."""
-    if isinstance(observations, Tensor):
-        return leaves[0]
-    if isinstance(observations, Mapping):
-        return dict(zip(sorted(observations), leaves))
-    return tuple(leaves)
-
-
-def map_observations(function: Callable[[Tensor], Tensor], observations: Observations) -> Observations:
-    """`function` applied to every tensor of an observation."""
-    return with_leaves(observations, [function(leaf) for leaf in observation_leaves(observations)])
+from .fields import as_actions, as_flags, as_intervals, as_observations, as_scalars, check_same_form
+from .observations import Observations, map_observations, observation_leaves, with_leaves
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -98,14 +74,14 @@ class Transitions:
         intervals: Any = None,
         has_next_actions: Any = None,
     ) -> None:
-        observations = _as_observations("observations", observations)
+        observations = as_observations("observations", observations)
         rows = len(observation_leaves(observations)[0])
         if rows == 0:
             fail("observations", "at least one transition", "none")
-        next_observations = _as_observations("next_observations", next_observations)
-        _check_same_form(observations, next_observations)
-        actions = _as_actions("actions", actions, rows)
-        rewards = _as_scalars("rewards", rewards, rows)
+        next_observations = as_observations("next_observations", next_observations)
+        check_same_form(observations, next_observations)
+        actions = as_actions("actions", actions, rows)
+        rewards = as_scalars("rewards", rewards, rows)
         if not rewards.is_floating_point():
             rewards = rewards.to(torch.get_default_dtype())
         check_finite("rewards", rewards)
@@ -116,14 +92,14 @@ class Transitions:
         if not terminals[-1] and not timeouts[-1]:
             timeouts = timeouts.clone()
             timeouts[-1] = 1
-        intervals = torch.ones_like(rewards) if intervals is None else _as_intervals(intervals, rows, like=rewards)
+        intervals = torch.ones_like(rewards) if intervals is None else as_intervals(intervals, rows, like=rewards)
 
         if next_actions is None:
             if has_next_actions is not None:
                 fail("has_next_actions", "to come together with next_actions", "it alone")
             next_actions, has_next_actions = _link_actions(actions, terminals, timeouts, intervals)
         else:
-            next_actions = _as_actions("next_actions", next_actions, rows)
+            next_actions = as_actions("next_actions", next_actions, rows)
             if next_actions.shape != actions.shape or next_actions.dtype != actions.dtype:
                 fail(
                     "next_actions",
@@ -204,8 +180,8 @@ class Transitions:
             fail("parts", "at least one Transitions", "none")
         first = parts[0]
         for part in parts[1:]:
-            _check_same_form(first.observations, part.observations, rows=False, argument="parts")
-            _check_same_form(first.actions, part.actions, rows=False, argument="parts", of="actions")
+            check_same_form(first.observations, part.observations, rows=False, argument="parts")
+            check_same_form(first.actions, part.actions, rows=False, argument="parts", of="actions")
 
         def join(name: str) -> Any:
             values = [getattr(part, name) for part in parts]
@@ -258,111 +234,3 @@ def _link_actions(actions: Tensor, terminals: Tensor, timeouts: Tensor, interval
     linked = ahead < rows
     linked &= episode[ahead.clamp(max=rows - 1)] == episode
     return actions[torch.where(linked, ahead, here)], linked.to(terminals.dtype)
-
-
-def as_tensor(argument: str, value: Any) -> Tensor:
-    """A tensor, an array or a list of real numbers as a tensor; the error names the argument."""
-    if isinstance(value, Tensor):
-        tensor = value
-    else:
-        if isinstance(value, np.ndarray):
-            if not value.dtype.isnative:
-                value = value.astype(value.dtype.newbyteorder("="))
-            if not value.flags.writeable or min(value.strides, default=0) < 0:
-                value = value.copy()  # torch shares neither
-        try:
-            tensor = torch.as_tensor(value)
-        except (RuntimeError, TypeError, ValueError) as error:
-            fail(argument, "numbers in one shape", f"{type(value).__name__} ({error})")
-    if tensor.is_complex():
-        fail(argument, "real numbers", tensor.dtype)
-    return tensor
-
-
-def _as_observations(argument: str, value: Any) -> Observations:
-    if isinstance(value, Mapping):
-        observations: Observations = {key: as_tensor(f"{argument}[{key!r}]", leaf) for key, leaf in value.items()}
-    elif isinstance(value, tuple):
-        observations = tuple(as_tensor(f"{argument}[{place}]", leaf) for place, leaf in enumerate(value))
-    else:
-        observations = as_tensor(argument, value)
-    leaves = observation_leaves(observations)
-    if not leaves:
-        fail(argument, "at least one tensor", "an empty structure")
-    for leaf in leaves:
-        if leaf.ndim < 2:
-            fail(argument, "[N, ...] with at least one axis after N", shape_of(leaf))
-        if len(leaf) != len(leaves[0]):
-            fail(argument, f"{len(leaves[0])} rows in every part", f"{len(leaf)} in one")
-        check_finite(argument, leaf)
-    return observations
-
-
-def _check_same_form(
-    one: Observations,
-    other: Observations,
-    *,
-    rows: bool = True,
-    argument: str = "next_observations",
-    of: str = "observations",
-) -> None:
-    """Same structure, shapes and dtypes; `rows=False` lets the number of rows differ."""
-
-    def form(observations: Observations) -> str:
-        leaves = [
-            f"[{', '.join(map(str, leaf.shape if rows else ['N', *leaf.shape[1:]]))}] {leaf.dtype}"
-            for leaf in observation_leaves(observations)
-        ]
-        if isinstance(observations, Mapping):
-            return "{" + ", ".join(f"{key!r}: {leaf}" for key, leaf in zip(sorted(observations), leaves)) + "}"
-        return f"({', '.join(leaves)})" if isinstance(observations, tuple) else leaves[0]
-
-    if form(one) != form(other):
-        fail(argument, f"the form of {of}, {form(one)}", form(other))
-
-
-def _as_actions(argument: str, value: Any, rows: int) -> Tensor:
-    actions = as_tensor(argument, value)
-    if actions.is_floating_point():
-        if actions.ndim != 2:
-            fail(
-                argument,
-                "[N, A] for continuous or integer [N] for discrete actions",
-                f"{actions.dtype} {shape_of(actions)}",
-            )
-        check_finite(argument, actions)
-    else:
-        if actions.dtype == torch.bool:
-            fail(argument, "floating or integer values", "bool")
-        actions = _as_scalars(argument, actions, rows).long()
-    if len(actions) != rows:
-        fail(argument, f"{rows} rows, as many as observations", len(actions))
-    return actions
-
-
-def _as_scalars(argument: str, value: Any, rows: int) -> Tensor:
-    scalars = as_tensor(argument, value)
-    if scalars.ndim == 2 and scalars.shape[1] == 1:
-        scalars = scalars.squeeze(1)
-    if scalars.ndim != 1:
-        fail(argument, "[N] or [N, 1]", shape_of(scalars))
-    if len(scalars) != rows:
-        fail(argument, f"{rows} rows, as many as observations", len(scalars))
-    return scalars
-
-
-def as_flags(argument: str, value: Any, rows: int, *, like: Tensor) -> Tensor:
-    """[N] or [N, 1] of zeros and ones as [N] in the dtype of `like`; the error names the argument."""
-    flags = _as_scalars(argument, value, rows).to(like)
-    if bool((flags * (flags - 1)).any()):
-        wrong = ((flags != 0) & (flags != 1)).nonzero()
-        fail(argument, "0 or 1", f"{float(flags[wrong[0, 0]])} in row {int(wrong[0, 0])}")
-    return flags
-
-
-def _as_intervals(value: Any, rows: int, *, like: Tensor) -> Tensor:
-    intervals = _as_scalars("intervals", value, rows).to(like)
-    wrong = (~((intervals >= 1) & (intervals == intervals.floor()) & intervals.isfinite())).nonzero()
-    if len(wrong):
-        fail("intervals", "whole numbers from 1", f"{float(intervals[wrong[0, 0]])} in row {int(wrong[0, 0])}")
-    return intervals

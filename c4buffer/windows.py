@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ._checks import fail, shape_of
+from .observations import observation_leaves, with_leaves
 from .storage import RingStorage
 from .trajectories import Neighbours
-from .transitions import Transitions, observation_leaves, with_leaves
+from .transitions import Transitions
 
 
 class Windows:

@@ -30,8 +30,8 @@ from c4buffer import (
     stacked_gradients,
 )
 from c4buffer.buffer import Embedding
+from c4buffer.observations import observation_leaves
 from c4buffer.prefetch import drawn_ahead
-from c4buffer.transitions import observation_leaves
 
 
 def transitions(count: int = 60, *, seed: int = 0, **fields: Any) -> Transitions:

@@ -30,6 +30,8 @@ HEAVY = {
 }
 LAYERS = {
     "_checks": 0,
+    "observations": 0,
+    "fields": 0,
     "collective": 0,
     "memory": 0,
     "scaling": 0,

@@ -16,8 +16,8 @@ from torch import Tensor
 
 import c4buffer.storage as storage_file
 from c4buffer import ClusteredReplayBuffer, Transitions
+from c4buffer.observations import observation_leaves
 from c4buffer.storage import RingStorage, own_folder
-from c4buffer.transitions import observation_leaves
 
 CPU = torch.device("cpu")
 

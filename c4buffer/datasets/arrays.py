@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..transitions import as_tensor
+from ..fields import as_tensor
 
 
 def as_network_input(field: str, values: Any) -> Tensor:

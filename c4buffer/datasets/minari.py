@@ -9,7 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from .._checks import fail, requiring, shape_of
-from ..transitions import Observations, Transitions, map_observations
+from ..observations import Observations, map_observations
+from ..transitions import Transitions
 from .arrays import as_network_input
 
 

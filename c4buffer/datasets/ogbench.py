@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .._checks import fail
-from ..transitions import Transitions, as_flags
+from ..fields import as_flags
+from ..transitions import Transitions
 from .arrays import as_network_input
 
 REQUIRED = ("observations", "actions", "rewards", "terminals", "masks")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from c4buffer import Transitions
 from c4buffer._checks import fail
-from c4buffer.transitions import observation_leaves
+from c4buffer.observations import observation_leaves
 
 from .frames import BLOCK_ROWS, frames_to_stack
 from .rows import Run, columns_of, ends_of_runs, rows_of, runs_of

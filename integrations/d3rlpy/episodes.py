@@ -10,7 +10,8 @@ from torch import Tensor
 
 from c4buffer import Transitions
 from c4buffer._checks import check_integer, fail
-from c4buffer.transitions import ends_of, observation_leaves
+from c4buffer.observations import observation_leaves
+from c4buffer.transitions import ends_of
 
 
 def dataset_of(transitions: Transitions, *, action_size: int | None = None) -> ReplayBuffer:

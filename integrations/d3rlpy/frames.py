@@ -8,7 +8,7 @@ from d3rlpy.dataset import FrameStackTransitionPicker, ReplayBufferBase
 from torch import Tensor
 
 from c4buffer import ClusteredReplayBuffer, Transitions
-from c4buffer.transitions import observation_leaves
+from c4buffer.observations import observation_leaves
 
 from .rows import Run, parts_of
 

@@ -10,7 +10,7 @@ from torchrl.objectives import DistributionalDQNLoss, LossModule
 
 from c4buffer import Critics
 from c4buffer._checks import check_choice, fail
-from c4buffer.transitions import Observations
+from c4buffer.observations import Observations
 
 from .rows import Key, discrete_or_not, name_of
 

@@ -12,7 +12,7 @@ from torchrl.data.replay_buffers.storages import Storage
 
 from c4buffer import Transitions
 from c4buffer._checks import fail, shape_of
-from c4buffer.transitions import Observations, observation_leaves
+from c4buffer.observations import Observations, observation_leaves
 
 Key = Union[str, tuple[str, ...]]
 

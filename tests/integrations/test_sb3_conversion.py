@@ -27,7 +27,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
 from c4buffer import Transitions, diagnose, stacked_gradients
-from c4buffer.transitions import observation_leaves
+from c4buffer.observations import observation_leaves
 
 from .test_sb3 import Goal, Toy, assert_equal, clustered, model_of
 from .test_sb3_offline import data, offline_model
