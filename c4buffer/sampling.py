@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ._checks import check_integer, fail
-from .partition import BLOCK_ROWS, ROUNDING, Partition, all_but, check_responsibilities, check_rows
+from .drawing import rows_of_clusters, uniform_rows, uniforms
+from .partition import BLOCK_ROWS, Partition, all_but, check_responsibilities, check_rows
 
 BLOCK_INDICES = 1 << 14  # drawn ahead at most, and at most BLOCK_BATCHES batches
 BLOCK_BATCHES = 64
-PROPOSALS = 1 << 18  # rows drawn at once, to be given to clusters
-POOL_ROWS = 1 << 14  # kept for each cluster beyond what was asked for
-SMALLEST_SHARE_BY_PROPOSAL = 1 / 16  # below it, a table of cumulative weights
 
 
 class SingleClusterSampler:
@@ -274,22 +270,16 @@ class SingleClusterSampler:
         self._pools.clear()
         self._block = 1
 
-    def _uniforms(self, count: int) -> Tensor:
-        return torch.rand(count, generator=self.generator, dtype=torch.float64, device="cpu")
-
-    def _uniform_rows(self, count: int) -> Tensor:
-        return (self._uniforms(count) * self.size).long().clamp_(max=self.size - 1)
-
     def _draw_ahead(self, batch_size: int) -> None:
         """Fill the queue: one batch after a change (of size, too), then twice as many each time until the next."""
         batches = max(1, min(self._block, BLOCK_INDICES // batch_size))
         self._block = min(2 * self._block, BLOCK_BATCHES)
         if self._partition is None:
-            rows = self._uniform_rows(batches * batch_size)
+            rows = uniform_rows(batches * batch_size, self.size, self.generator)
             self._ahead.extend((part, -1) for part in rows.split(batch_size))
             return
         partition = self._partition_for(batch_size)
-        u = self._uniforms(batches) * partition.cumulative_p[-1]
+        u = uniforms(batches, self.generator) * partition.cumulative_p[-1]
         drawn = torch.searchsorted(partition.cumulative_p, u, right=True).clamp_(max=len(partition.ids) - 1)
         counts = torch.bincount(drawn, minlength=len(partition.ids)) * batch_size
         pools = [iter(rows.split(batch_size)) for rows in self._draw_rows(partition, counts.tolist())]
@@ -297,52 +287,15 @@ class SingleClusterSampler:
         self._ahead.extend((next(pools[z]), ids[z]) for z in drawn.tolist())
 
     def _draw_rows(self, partition: Partition, counts: list[int]) -> list[Tensor]:
-        """So many rows of each cluster, with P(i) = r_iz / sum_j r_jz."""
-        if len(partition.ids) == 1:
-            return [self._uniform_rows(counts[0])]
-        p = partition.p.tolist()
-        by_table = [share < SMALLEST_SHARE_BY_PROPOSAL for share in p]
-        if not self._pools:
-            self._pools = [torch.empty(0, dtype=torch.int64, device="cpu") for _ in p]
-        while True:
-            missing = [
-                0 if small else (count - len(pool)) / share if len(pool) < count else 0
-                for small, count, pool, share in zip(by_table, counts, self._pools, p)
-            ]
-            if not any(missing):
-                break
-            proposed = self._uniform_rows(min(PROPOSALS, int(1.02 * max(missing)) + 64))
-            # With tails a row can be in several clusters: then one at a time.
-            tailed = self._trajectories is not None
-            self._accept(partition, [missing.index(max(missing))] if tailed else range(len(p)), proposed)
-        rows = []
-        for z, count in enumerate(counts):
-            if by_table[z]:
-                rows.append(self._rows_by_table(partition, z, count))
-            else:
-                rows.append(self._pools[z][:count])
-                self._pools[z] = self._pools[z][count : count + POOL_ROWS]
-        return rows
-
-    def _rows_by_table(self, partition: Partition, z: int, count: int) -> Tensor:
-        table = partition.table(z, self.size)
-        rows = torch.searchsorted(table, self._uniforms(count) * table[-1], right=True)
-        return rows.clamp_(max=self.size - 1)
-
-    def _accept(self, partition: Partition, clusters: Iterable[int], rows: Tensor) -> None:
-        """Each of the rows, drawn uniformly, goes to the pool of z with probability r_iz: one uniform decides."""
-        left = self._uniforms(len(rows)).mul_(1 + ROUNDING)
-        homeless = left >= 0
-        for z in clusters:
-            weights = partition.r[z].index_select(0, rows)
-            if partition.assigned < self.size:
-                weights = torch.where(weights < 0, partition.p[z].to(weights), weights)
-            before, homeless = homeless, left.sub_(weights) >= 0
-            if float(partition.p[z]) < SMALLEST_SHARE_BY_PROPOSAL:
-                continue  # drawn from its table: nobody would take these
-            # numpy's nonzero knows no branches: three times as fast as torch's, eight times as masked_select
-            inside = torch.from_numpy(np.flatnonzero((before ^ homeless).numpy()))
-            self._pools[z] = torch.cat([self._pools[z], rows.index_select(0, inside)])
+        """So many rows of each cluster."""
+        return rows_of_clusters(
+            partition,
+            counts,
+            self._pools,
+            size=self.size,
+            generator=self.generator,
+            overlapping=self._trajectories is not None,  # with tails a row can be in several clusters
+        )
 
     def _walk(self, batch_size: int) -> tuple[Tensor, int]:
         if self._partition is None:
@@ -350,7 +303,8 @@ class SingleClusterSampler:
             return rows, -1
         partition = self._partition_for(batch_size)
         shares = partition.members().cumsum(dim=0)
-        z = int(torch.searchsorted(shares, self._uniforms(1) * shares[-1], right=True).clamp(max=len(shares) - 1))
+        u = uniforms(1, self.generator) * shares[-1]
+        z = int(torch.searchsorted(shares, u, right=True).clamp(max=len(shares) - 1))
         rows, partition.walks[z] = self._next_of_walk(partition.walks[z], batch_size, partition.labels, z)
         return rows, int(partition.ids[z])
 

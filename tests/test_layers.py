@@ -57,6 +57,7 @@ LAYERS = {
     "clustering": 2,
     "embedding": 2,
     "reduction": 2,
+    "drawing": 2,
     "sampling": 2,
     "windows": 2,
     "refresh": 2,

@@ -17,7 +17,7 @@ from scipy import stats
 from torch import Tensor
 
 from c4buffer import SingleClusterSampler
-from c4buffer.sampling import POOL_ROWS, SMALLEST_SHARE_BY_PROPOSAL
+from c4buffer.drawing import POOL_ROWS, SMALLEST_SHARE_BY_PROPOSAL
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 REJECT = 0.001  # significance of every statistical test here; seeds are fixed
