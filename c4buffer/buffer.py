@@ -19,13 +19,14 @@ from .clustered_rows import ClusteredRows
 from .clustering import Clusterer
 from .critics import Critics, check_critics
 from .embedding import Embedding
+from .files import own_folder
 from .inference import outside_inference_mode
 from .mixture import MixtureResult
 from .prefetch import drawn_ahead
 from .reduction import Reduction
 from .refresh import RefreshPolicy, RefreshReport
 from .steps import step_of
-from .storage import RingStorage, own_folder
+from .storage import RingStorage
 from .trajectories import Neighbours, Trajectories
 from .transitions import Transitions
 from .windows import Windows

@@ -5,10 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
-import shutil
-import tempfile
-import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,8 @@ import torch
 from torch import Tensor
 
 from ._checks import fail
+from .files import own_folder, reserve
+from .layout import form_of, from_layout, name_of, to_layout
 from .memory import free_bytes
 from .observations import map_observations, observation_leaves, with_leaves
 from .transitions import COLUMNS, Transitions
@@ -158,8 +157,8 @@ class RingStorage:
         return {
             "capacity": self.capacity,
             "written": self.written,
-            "form": {name: _layout(value) for name, value in self._columns.items()},
-            "rows": {_name(dtype): rows[: len(self)] for dtype, rows in self._rows.items()},
+            "form": {name: to_layout(value) for name, value in self._columns.items()},
+            "rows": {name_of(dtype): rows[: len(self)] for dtype, rows in self._rows.items()},
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -170,7 +169,7 @@ class RingStorage:
         if set(state["form"]) != (set(COLUMNS) if held else set()):
             fail("form", f"those of {held} rows", ", ".join(state["form"]) or "no columns")
         if state["form"]:
-            columns = {name: _from_layout(form) for name, form in state["form"].items()}
+            columns = {name: from_layout(form) for name, form in state["form"].items()}
             # A processor's memory is taken as it is written: of room for more rows, only those that come.
             rows = held if self.device.type == "cpu" else self._room_for(held)
             needed = rows * sum(
@@ -185,7 +184,7 @@ class RingStorage:
             except (RuntimeError, MemoryError) as error:  # more than any machine could promise
                 fail("capacity", f"one whose rows fit the memory of {self.device}", f"{self.capacity} ({error})")
             for dtype, rows in self._rows.items():
-                saved = state["rows"][_name(dtype)]
+                saved = state["rows"][name_of(dtype)]
                 if saved.dtype != dtype or saved.shape != (held, rows.shape[1]):
                     fail("rows", f"{dtype} {[held, rows.shape[1]]}", f"{saved.dtype} {list(saved.shape)}")
                 rows[:held] = saved.to(self.device)
@@ -248,7 +247,7 @@ class RingStorage:
             fail("folder", "one without the files of another buffer", str(path))
         needed, before = room * width * dtype.itemsize, path.stat().st_size if path.exists() else 0
         try:
-            _reserve(path, needed)
+            reserve(path, needed)
         except OSError as error:
             if before > 0:
                 os.truncate(path, before)
@@ -262,7 +261,7 @@ class RingStorage:
 
     def _file(self, dtype: torch.dtype) -> Path:
         assert self.folder is not None
-        return self.folder / f"{_name(dtype)}.rows"
+        return self.folder / f"{name_of(dtype)}.rows"
 
     def _check_form(self, transitions: Transitions) -> None:
         for name, stored in self._columns.items():
@@ -270,35 +269,9 @@ class RingStorage:
             if isinstance(value, Tensor) and isinstance(stored, Tensor):
                 same = value.dtype == stored.dtype and value.shape[1:] == stored.shape[1:]
             else:
-                same = _form(value) == _form(stored)
+                same = form_of(value) == form_of(stored)
             if not same:
-                fail(name, f"rows like those stored, {_form(stored)}", _form(value))
-
-
-def _reserve(path: Path, size: int) -> None:
-    """Make a file so long, on the disk: writing to one that is full, through a mapping, would end the process."""
-    if size - (path.stat().st_size if path.exists() else 0) > shutil.disk_usage(path.parent).free:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # before the disk is filled in vain
-    with path.open("ab") as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, size)
-        except (AttributeError, OSError) as error:  # a system, or a file system, that reserves nothing
-            if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise
-            file.truncate(size)
-
-
-def own_folder(owner: object, parent: str | os.PathLike[str] | None) -> Path:
-    """A new folder in `parent` (None: where the system has its temporary files), which goes with its owner."""
-    folder = Path(tempfile.mkdtemp(prefix="c4buffer-", dir=parent))
-    weakref.finalize(owner, _remove, folder, os.getpid())
-    return folder
-
-
-def _remove(folder: Path, process: int) -> None:
-    """In the process that made it: a forked one has the owner, too, and the files are not its own."""
-    if os.getpid() == process:
-        shutil.rmtree(folder, ignore_errors=True)
+                fail(name, f"rows like those stored, {form_of(stored)}", form_of(value))
 
 
 def _parts(rows: Tensor, wide: list[int], scalars: int) -> tuple[Iterator[Tensor], Iterator[Tensor]]:
@@ -316,37 +289,3 @@ def _cast(value: Any, stored: Any) -> Any:
     both = [(leaf, like.dtype) for leaf, like in zip(leaves, kept)]
     floating = [leaf.is_floating_point() and dtype.is_floating_point for leaf, dtype in both]
     return with_leaves(value, [leaf.to(dtype) if cast else leaf for (leaf, dtype), cast in zip(both, floating)])
-
-
-def _form(value: Any) -> Any:
-    """Shape and dtype of a row, in the structure that it comes in."""
-    if isinstance(value, Mapping):
-        return {key: _form(value[key]) for key in sorted(value)}
-    if isinstance(value, tuple):
-        return tuple(_form(leaf) for leaf in value)
-    return f"{list(value.shape[1:])} {value.dtype}"
-
-
-def _layout(value: Any) -> Any:
-    """Shapes and dtypes of a row as plain values, in the structure that it comes in."""
-    if isinstance(value, Mapping):
-        return {"dict": {key: _layout(value[key]) for key in sorted(value)}}
-    if isinstance(value, tuple):
-        return {"tuple": [_layout(leaf) for leaf in value]}
-    return {"shape": list(value.shape[1:]), "dtype": _name(value.dtype)}
-
-
-def _from_layout(layout: Any) -> Any:
-    """No rows, in the form of a layout."""
-    if "dict" in layout:
-        return {key: _from_layout(part) for key, part in layout["dict"].items()}
-    if "tuple" in layout:
-        return tuple(_from_layout(part) for part in layout["tuple"])
-    dtype = getattr(torch, layout["dtype"], None)
-    if not isinstance(dtype, torch.dtype):
-        fail("dtype", "one of torch's", repr(layout["dtype"]))
-    return torch.empty(0, *layout["shape"], dtype=dtype, device="cpu")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

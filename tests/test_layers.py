@@ -32,6 +32,8 @@ LAYERS = {
     "_checks": 0,
     "observations": 0,
     "fields": 0,
+    "files": 0,
+    "layout": 0,
     "collective": 0,
     "memory": 0,
     "scaling": 0,

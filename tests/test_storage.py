@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import c4buffer.storage as storage_file
-from c4buffer import ClusteredReplayBuffer, Transitions
+from c4buffer import ClusteredReplayBuffer, Transitions, files
+from c4buffer.files import own_folder
 from c4buffer.observations import observation_leaves
-from c4buffer.storage import RingStorage, own_folder
+from c4buffer.storage import RingStorage
 
 CPU = torch.device("cpu")
 
@@ -429,7 +430,7 @@ def test_files_are_not_removed_by_a_forked_process_and_grow_back_whole(tmp_path:
     ring.write(data)
     child = os.fork()
     if child == 0:
-        storage_file._remove(ring.folder, os.getppid())
+        files._remove(ring.folder, os.getppid())
         os._exit(0)
     os.waitpid(child, 0)
     assert ring.folder.is_dir()
