@@ -3,7 +3,7 @@
     python benchmarks/mixture.py [--threads 1] [--device cpu] [--turns 7]
 
 K = 3, full covariances, ten EM steps without an early stop, all from the same starting responsibilities. One row a
-size and dtype: the median over turns of the time of each, taken in turn. `floor` is the time of the matrix products
+size: the median over turns of the time of each, taken in turn. `floor` is the time of the matrix products
 alone, which no implementation of EM can avoid: X times a whitening matrix and the weighted X^T X, for each component.
 """
 

@@ -22,7 +22,7 @@ class Arm:
         c4: fields of C4Config; None for the host's own sampler and loss.
         layer_norm: in the critic.
         random_partition: clusters of equal sizes drawn at random at each refresh, in place of the mixture's.
-        gradient_norm: the mean squared gradient in place of the covariance penalty, with the same normaliser.
+        gradient_norm: the mean squared gradient in place of the covariance penalty, over tr Sigma and times Var Q.
         gradient_variance: the trace of its covariance in that place.
         cap: the raw penalty P of each critic becomes cap * tanh(P / cap), as in C4's published code.
         buffer: options of the ClusteredReplayBuffer that C4Config has no field for.
