@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from .partition import ROUNDING, Partition
 
 PROPOSALS = 1 << 18  # rows drawn at once, to be given to clusters
 POOL_ROWS = 1 << 14  # kept for each cluster beyond what was asked for
-SMALLEST_SHARE_BY_PROPOSAL = 1 / 16  # below it, a table of cumulative weights
+SMALLEST_SHARE_BY_PROPOSAL = 1 / 16  # below it, a table of cumulative weights where that pays
 
 
 def uniforms(count: int, generator: torch.Generator) -> Tensor:
@@ -32,9 +32,13 @@ def rows_of_clusters(
     *,
     size: int,
     generator: torch.Generator,
+    settled: bool = True,
     overlapping: bool = False,
 ) -> list[Tensor]:
     """So many rows of each cluster, with P(i) = r_iz / sum_j r_jz.
+
+    Of a cluster with a small share most proposals are refused. A table refuses none, but takes a pass over all rows,
+    again after each change.
 
     Args:
         partition: of K clusters.
@@ -42,27 +46,32 @@ def rows_of_clusters(
         pools: of each cluster, rows that were drawn with it and not yet given out; changed in place. Empty at first.
         size: rows held.
         generator: on the CPU.
+        settled: whether enough has been drawn since the last change that a table will pay.
         overlapping: whether responsibilities sum to more than one, as a row can be in several clusters at once.
     """
     if len(partition.ids) == 1:
         return [uniform_rows(counts[0], size, generator)]
     p = partition.p.tolist()
-    by_table = [share < SMALLEST_SHARE_BY_PROPOSAL for share in p]
+    small = [share < SMALLEST_SHARE_BY_PROPOSAL for share in p]
+    by_table = [few and (settled or count > share * size) for few, count, share in zip(small, counts, p)]
     if not pools:
         pools.extend(torch.empty(0, dtype=torch.int64, device="cpu") for _ in p)
     while True:
         missing = [
-            0 if small else (count - len(pool)) / share if len(pool) < count else 0
-            for small, count, pool, share in zip(by_table, counts, pools, p)
+            0 if table else (count - len(pool)) / share if len(pool) < count else 0
+            for table, count, pool, share in zip(by_table, counts, pools, p)
         ]
         if not any(missing):
             break
         proposed = uniform_rows(min(PROPOSALS, int(1.02 * max(missing)) + 64), size, generator)
-        clusters = [missing.index(max(missing))] if overlapping else range(len(p))
-        _accept(partition, clusters, proposed, pools, size, generator)
+        z = missing.index(max(missing))
+        if overlapping or small[z]:
+            _accept(partition, [z], proposed, pools, size, generator)
+        else:
+            _accept(partition, range(len(p)), proposed, pools, size, generator)
     rows = []
     for z, count in enumerate(counts):
-        if by_table[z]:
+        if by_table[z] and count:
             rows.append(_rows_by_table(partition, z, count, size, generator))
         else:
             rows.append(pools[z][:count])
@@ -78,13 +87,16 @@ def _rows_by_table(partition: Partition, z: int, count: int, size: int, generato
 
 def _accept(
     partition: Partition,
-    clusters: Iterable[int],
+    clusters: Sequence[int],
     rows: Tensor,
     pools: list[Tensor],
     size: int,
     generator: torch.Generator,
 ) -> None:
-    """Each of the rows, drawn uniformly, goes to the pool of z with probability r_iz: one uniform decides."""
+    """Each of the rows, drawn uniformly, goes to the pool of z with probability r_iz: one uniform decides.
+
+    Small clusters' pools are filled one at a time, large ones' together.
+    """
     left = uniforms(len(rows), generator).mul_(1 + ROUNDING)
     homeless = left >= 0
     for z in clusters:
@@ -92,8 +104,8 @@ def _accept(
         if partition.assigned < size:
             weights = torch.where(weights < 0, partition.p[z].to(weights), weights)
         before, homeless = homeless, left.sub_(weights) >= 0
-        if float(partition.p[z]) < SMALLEST_SHARE_BY_PROPOSAL:
-            continue  # drawn from its table: nobody would take these
+        if len(clusters) > 1 and float(partition.p[z]) < SMALLEST_SHARE_BY_PROPOSAL:
+            continue  # of these few nobody would be in need
         # numpy's nonzero knows no branches: three times as fast as torch's, eight times as masked_select
         inside = torch.from_numpy(np.flatnonzero((before ^ homeless).numpy()))
         pools[z] = torch.cat([pools[z], rows.index_select(0, inside)])

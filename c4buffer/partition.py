@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,32 +25,53 @@ class Partition:
     """
 
     def __init__(self, r: Tensor, ids: Tensor, distances: Tensor | None, *, p: Tensor | None = None) -> None:
-        self.r = r
+        self._r: Tensor | None = r
+        self._distances = distances
+        self._begin(ids, p)
+        self._count()
+
+    def _begin(self, ids: Tensor, p: Tensor | None) -> None:
         self.ids = ids
-        self.distances = distances
         self._labels: Tensor | None = None  # with room at the end
         self._labelled = 0
         self._members: Tensor | None = None
         self.walks = [torch.empty(0, dtype=torch.int64, device="cpu") for _ in ids]
-        self.dissolved: dict[int, Partition] = {}
         self.tailed: Partition | None = None
         self._tables: dict[int, Tensor] = {}
         self.p = torch.zeros(len(ids), dtype=torch.float64, device="cpu") if p is None else p
-        self._count()
+
+    @property
+    def r(self) -> Tensor:
+        """[K, n], -1 where a row is unassigned."""
+        assert self._r is not None
+        return self._r
+
+    @property
+    def room(self) -> int:
+        """n."""
+        return self.r.shape[1]
+
+    def of(self, rows: slice | Tensor) -> Tensor:
+        """r of some rows, [K, M], -1 where one is unassigned; a view of `r`, or not."""
+        return self.r[:, rows]
+
+    def nearest(self, rows: Tensor) -> Tensor | None:
+        """The cluster whose mean is nearest to each of some rows, [M]; None where no distances are known."""
+        return None if self._distances is None else self._distances[:, rows].argmin(dim=0)
 
     def state(self, size: int) -> dict[str, Any]:
         """All that drawing depends on, for a checkpoint of `size` rows."""
+        return {"r": self.r[:, :size], "distances": self._distances, **self._state(size)}
+
+    def _state(self, size: int) -> dict[str, Any]:
         return {
-            "r": self.r[:, :size],
             "ids": self.ids,
-            "distances": self.distances,
             "labels": self.labels,
             "walks": list(self.walks),
             "p": self.p,
             "sums": self.sums,
             "squares": self.squares,
             "counted": self.counted,
-            "dissolved": [[z, child.state(size)] for z, child in self.dissolved.items()],
             "tailed": None if self.tailed is None else self.tailed.state(size),
         }
 
@@ -60,46 +82,43 @@ class Partition:
         Raises:
             ValueError: if its parts do not fit each other.
         """
-
-        def own(value: Any) -> Any:
-            return None if value is None else value.clone(memory_format=torch.contiguous_format)
-
-        clusters = len(state["ids"])
-        sums = ((clusters,), torch.float64)
-        forms: dict[str, tuple[tuple[int, ...], torch.dtype]] = dict.fromkeys(("sums", "squares", "counted", "p"), sums)
-        forms["r"] = ((clusters, size), state["r"].dtype if state["r"].is_floating_point() else torch.float32)
-        if state["labels"] is not None:
-            forms["labels"] = ((size,), torch.int64)
-        for name, (shape, dtype) in forms.items():
-            if state[name].shape != shape or state[name].dtype != dtype:
-                fail(name, f"{dtype} {list(shape)}", f"{state[name].dtype} {shape_of(state[name])}")
-        known = state["distances"]
-        if known is not None and (known.ndim != 2 or len(known) != clusters or known.shape[1] > size):
-            fail("distances", f"a shape of [{clusters}, at most {size}]", shape_of(known))
-        r, labels = state["r"], state["labels"]
+        clusters, r, known = len(state["ids"]), state["r"], state["distances"]
+        _check_form("r", r, (clusters, size), r.dtype if r.is_floating_point() else torch.float32)
         if not bool(((r == UNASSIGNED) | ((r >= 0) & (r <= 1 + ROUNDING))).all()):
             fail("r", "numbers from 0 to 1, or -1 where a row is unassigned", "others")
-        if labels is not None and len(labels) and not -1 <= int(labels.min()) <= int(labels.max()) < clusters:
-            fail("labels", f"numbers from -1 to {clusters - 1}", f"{int(labels.min())} to {int(labels.max())}")
+        if known is not None and (known.ndim != 2 or len(known) != clusters or known.shape[1] > size):
+            fail("distances", f"a shape of [{clusters}, at most {size}]", shape_of(known))
+        partition = cls(_own(r), _own(state["ids"]), _own(known), p=_own(state["p"]))
+        partition._restore(state, size)
+        return partition
+
+    def _restore(self, state: dict[str, Any], size: int) -> None:
+        """All but the responsibilities."""
+        clusters, labels = len(self.ids), state["labels"]
+        for name in ("sums", "squares", "counted", "p"):
+            _check_form(name, state[name], (clusters,), torch.float64)
+        if labels is not None:
+            _check_form("labels", labels, (size,), torch.int64)
+            if len(labels) and not -1 <= int(labels.min()) <= int(labels.max()) < clusters:
+                fail("labels", f"numbers from -1 to {clusters - 1}", f"{int(labels.min())} to {int(labels.max())}")
         if len(state["walks"]) != clusters or clusters == 0:
             fail("walks", f"one for each of {clusters} clusters, at least one", len(state["walks"]))
         for rows in state["walks"]:
             check_rows("walks", rows, size)
-        partition = cls(own(state["r"]), own(state["ids"]), own(state["distances"]), p=own(state["p"]))
-        partition.labels = own(state["labels"])
-        partition.walks = [own(walk) for walk in state["walks"]]
-        partition.sums, partition.squares, partition.counted = (own(state[n]) for n in ("sums", "squares", "counted"))
-        partition.dissolved = {z: cls.from_state(child, size) for z, child in state["dissolved"]}
-        partition.tailed = None if state["tailed"] is None else cls.from_state(state["tailed"], size)
-        partition._changed()
-        return partition
+        self.labels = _own(labels)
+        self.walks = [_own(walk) for walk in state["walks"]]
+        self.sums, self.squares, self.counted, self.p = (_own(state[n]) for n in ("sums", "squares", "counted", "p"))
+        self.tailed = None if state["tailed"] is None else Partition.from_state(state["tailed"], size)
+        self._changed()
 
     def _count(self) -> None:
         """Sums over the assigned rows, anew."""
-        self.assigned = int((self.r[0] >= 0).sum())
-        self.sums = torch.zeros(len(self.r), dtype=torch.float64, device="cpu")
+        self.assigned = 0
+        self.sums = torch.zeros(len(self.ids), dtype=torch.float64, device="cpu")
         self.squares = torch.zeros_like(self.sums)
-        for part in self.r.split(BLOCK_ROWS, dim=1):
+        for start in range(0, self.room, BLOCK_ROWS):
+            part = self.of(slice(start, start + BLOCK_ROWS))
+            self.assigned += int((part[0] >= 0).sum())
             here = part.clamp(min=0).double()  # a float32 loses the squares of what is below 1e-23
             self.sums += here.sum(dim=1)
             self.squares += here.square().sum(dim=1)
@@ -115,11 +134,18 @@ class Partition:
 
     def responsibilities(self, size: int, rows: Tensor | None = None) -> Tensor:
         """[size, K], or [M, K] for given rows."""
-        r = self.r[:, :size] if rows is None else self.r[:, rows]
-        result = torch.empty(r.shape[1], len(r), dtype=r.dtype, device="cpu")
-        for part, known in zip(result.split(BLOCK_ROWS), r.split(BLOCK_ROWS, dim=1)):
-            part.copy_(torch.where(known < 0, self.p.to(r.dtype).unsqueeze(1), known).T)
+        count = size if rows is None else len(rows)
+        result = torch.empty(count, len(self.ids), dtype=self.dtype, device="cpu")
+        for start in range(0, count, BLOCK_ROWS):
+            block = slice(start, min(start + BLOCK_ROWS, count))
+            known = self.of(block if rows is None else rows[block])
+            result[block] = torch.where(known < 0, self.p.to(known).unsqueeze(1), known).T
         return result
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the responsibilities."""
+        return self.r.dtype
 
     def effective_sizes(self, size: int) -> Tensor:
         """n_z = (sum_i r_iz)^2 / sum_i r_iz^2, [K]; members, where rows are labelled."""
@@ -128,7 +154,8 @@ class Partition:
         unassigned = size - self.assigned
         sums = self.sums + unassigned * self.p  # not N p, which can round to less than whole rows
         squares = self.squares + unassigned * self.p.square()
-        return sums.square() / squares.clamp(min=torch.finfo(torch.float64).tiny)
+        sizes: Tensor = sums.square() / squares.clamp(min=torch.finfo(torch.float64).tiny)
+        return sizes
 
     @property
     def labels(self) -> Tensor | None:
@@ -167,61 +194,40 @@ class Partition:
 
     def grow(self, size: int) -> None:
         """Rows were appended; they are unassigned."""
-        if size > self.r.shape[1]:
-            room = max(size, 2 * self.r.shape[1])
-            r = torch.full((len(self.r), room), UNASSIGNED, dtype=self.r.dtype, device="cpu")
-            r[:, : self.r.shape[1]] = self.r
-            self.r = r
+        if self._r is not None and size > self._r.shape[1]:
+            longer = self._r.new_full((len(self._r), max(size, 2 * self._r.shape[1])), UNASSIGNED)
+            longer[:, : self._r.shape[1]] = self._r
+            self._r = longer
         if self._labels is not None:
             if size > len(self._labels):
-                longer = torch.full((max(size, 2 * len(self._labels)),), -1, device="cpu")
-                longer[: self._labelled] = self._labels[: self._labelled]
-                self._labels = longer
+                more = torch.full((max(size, 2 * len(self._labels)),), -1, device="cpu")
+                more[: self._labelled] = self._labels[: self._labelled]
+                self._labels = more
             self._labelled = size
         self._changed()
-        for child in self._derived():
-            child.grow(size)
+        if self.tailed is not None:
+            self.tailed.grow(size)
 
-    def forget(self, rows: Tensor) -> None:
-        """Rows (distinct) become unassigned."""
-        old = self.r[:, rows]
-        known = old[0] >= 0
-        old = old[:, known].double()
+    def erase(self, rows: Tensor) -> None:
+        """Rows become unassigned, where r is held; `subtract` follows."""
+        if self._r is not None:
+            self._r[:, rows] = UNASSIGNED
+
+    def subtract(self, r: Tensor) -> None:
+        """Rows that had these responsibilities [K, M] have none any more."""
+        known = r[0] >= 0
+        old = r[:, known].double()
         self.sums -= old.sum(dim=1)
         self.squares -= old.square().sum(dim=1)
         self.assigned -= int(known.sum())
-        self.r[:, rows] = UNASSIGNED
         if bool((self.sums < self.counted / 2).any()):
             self._count()  # before the rounding of the subtractions can be seen in what is left
         else:
             self._changed()
-        for child in self._derived():
-            child.forget(rows)
 
-    def _derived(self) -> list[Partition]:
-        return [*self.dissolved.values(), *([self.tailed] if self.tailed is not None else [])]
-
-    def without(self, z: int) -> Partition:
+    def without(self, z: int) -> Less:
         """The partition with cluster z dropped and the others renormalised."""
-        keep = all_but(z, len(self.ids))
-        remains = torch.empty(len(keep), self.r.shape[1], dtype=self.r.dtype, device="cpu")
-        distances = None if self.distances is None else self.distances[keep]
-        for start in range(0, self.r.shape[1], BLOCK_ROWS):
-            block = slice(start, start + BLOCK_ROWS)
-            # r_iw / (1 - r_iz) in log space: what is left of r may be tiny, but not zero
-            log_r = self.r[keep, block].clamp(min=0).double().log()
-            left = torch.softmax(log_r, dim=0).to(self.r.dtype)
-            unassigned = self.r[0, block] < 0
-            lost = torch.isneginf(log_r).all(dim=0)
-            if distances is not None and block.start < distances.shape[1] and bool((lost & ~unassigned).any()):
-                rows = (lost & ~unassigned).nonzero().squeeze(1)
-                nearest = distances[:, start + rows].argmin(dim=0)
-                left[:, rows] = torch.nn.functional.one_hot(nearest, len(keep)).T.to(left.dtype)
-                lost = unassigned
-            left[:, unassigned | lost] = UNASSIGNED
-            remains[:, block] = left
-        p = self.p[keep]
-        return Partition(remains, self.ids[keep], distances, p=p / p.sum() if bool(p.any()) else (p + 1) / len(p))
+        return Less(self, all_but(z, len(self.ids)))
 
     def with_tails(self, numbers: Tensor, times: Tensor, clusters: Tensor) -> Partition:
         """Hard clusters, each with the rest of each trajectory after its last member; rows since then are unassigned.
@@ -233,18 +239,120 @@ class Partition:
         place[self.ids] = torch.arange(len(self.ids), device="cpu")
         labels = place[clusters]
         lost = (labels < 0).nonzero().squeeze(1)  # of clusters that were dissolved
-        if self.distances is not None:
-            labels[lost] = self.distances[:, lost].argmin(dim=0)
-        members = torch.full_like(self.r, UNASSIGNED)
-        members[:, : len(numbers)] = with_tails(labels, len(self.ids), numbers, times).to(self.r.dtype)
-        members[:, (self.r < 0)[0]] = UNASSIGNED
+        nearest = self.nearest(lost)
+        if nearest is not None:
+            labels[lost] = nearest
+        members = torch.full((len(self.ids), self.room), UNASSIGNED, dtype=self.dtype, device="cpu")
+        members[:, : len(numbers)] = with_tails(labels, len(self.ids), numbers, times).to(self.dtype)
+        for start in range(0, self.room, BLOCK_ROWS):
+            block = slice(start, start + BLOCK_ROWS)
+            members[:, block][:, self.of(block)[0] < 0] = UNASSIGNED
         return Partition(members, self.ids, None, p=self.p)
+
+
+class Less(Partition):
+    """A partition with some clusters dropped and the others renormalised: r_iw / sum_v r_iv over those kept.
+
+    A row that no kept cluster explains goes to the nearest kept mean; it is unassigned where no distances are known.
+    Read from the whole partition as it is asked for; `r`, all of it, is made once rows are drawn from it.
+
+    Args:
+        whole: with all clusters.
+        keep: those that stay, [K].
+    """
+
+    def __init__(self, whole: Partition, keep: Tensor) -> None:
+        self._whole = whole
+        self._keep = keep
+        self._r = None
+        p = whole.p[keep]
+        self._begin(whole.ids[keep], p / p.sum() if bool(p.any()) else (p + 1) / len(p))
+        self._count()
+
+    @classmethod
+    def of_state(cls, whole: Partition, state: dict[str, Any], size: int) -> Less:
+        """What `state` gave for `size` rows, of a partition that was restored before; ValueError as there."""
+        keep = torch.isin(whole.ids, state["ids"]).nonzero().squeeze(1)
+        if not torch.equal(whole.ids[keep], state["ids"]):
+            fail("dissolved", f"clusters among {whole.ids.tolist()}", state["ids"].tolist())
+        less = cls(whole, keep)
+        less._restore(state, size)
+        return less
+
+    def without(self, z: int) -> Less:
+        """The whole partition with one cluster less."""
+        return Less(self._whole, self._keep[all_but(z, len(self.ids))])
+
+    @property
+    def r(self) -> Tensor:
+        if self._r is None:
+            made = torch.empty(len(self._keep), self.room, dtype=self.dtype, device="cpu")
+            for start in range(0, self.room, BLOCK_ROWS):
+                block = slice(start, start + BLOCK_ROWS)
+                made[:, block] = self.of(block)
+            self._r = made
+        return self._r
+
+    @property
+    def room(self) -> int:
+        return self._whole.room
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._whole.dtype
+
+    def of(self, rows: slice | Tensor) -> Tensor:
+        if self._r is not None:
+            return self._r[:, rows]
+        known = self._whole.of(rows)[self._keep]
+        unassigned = known[0] < 0
+        weights = known.double().clamp_(min=0)  # what is left of r may be tiny, but a float64 divides it
+        mass = weights[0].clone()
+        for part in weights[1:]:
+            mass += part  # in one order, however many rows are asked for
+        left = (weights / mass).to(known.dtype)
+        lost = ((mass == 0) & ~unassigned).nonzero().squeeze(1)
+        if len(lost):
+            nearest = self.nearest(rows[lost] if isinstance(rows, Tensor) else (rows.start or 0) + lost)
+            left[:, lost] = UNASSIGNED
+            if nearest is not None:
+                left[:, lost] = torch.nn.functional.one_hot(nearest, len(left)).T.to(left.dtype)
+        left[:, unassigned] = UNASSIGNED
+        return left
+
+    def nearest(self, rows: Tensor) -> Tensor | None:
+        distances = self._whole._distances
+        return None if distances is None else distances[:, rows][self._keep].argmin(dim=0)
+
+    def state(self, size: int) -> dict[str, Any]:
+        """All but the responsibilities, which are the whole partition's."""
+        return self._state(size)
+
+
+def forget(partitions: Iterable[Partition], rows: Tensor) -> None:
+    """Rows (distinct) become unassigned, in a partition and in those with fewer clusters at once."""
+    family = [part for each in partitions for part in (each, each.tailed) if part is not None]
+    before = [part.of(rows) for part in family]  # of all, as some read what others hold
+    for part in family:
+        part.erase(rows)
+    for part, old in zip(family, before):
+        part.subtract(old)
 
 
 def all_but(z: int, clusters: int) -> Tensor:
     """The numbers of the other clusters, in order."""
     numbers = torch.arange(clusters, device="cpu")
     return numbers[numbers != z]
+
+
+def _own(value: Any) -> Any:
+    """A copy, whatever it was a part of."""
+    return None if value is None else value.clone(memory_format=torch.contiguous_format)
+
+
+def _check_form(argument: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if value.shape != shape or value.dtype != dtype:
+        fail(argument, f"{dtype} {list(shape)}", f"{value.dtype} {shape_of(value)}")
 
 
 def check_responsibilities(responsibilities: object, rows: int) -> None:

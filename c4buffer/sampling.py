@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ._checks import check_integer, fail
 from .drawing import rows_of_clusters, uniform_rows, uniforms
-from .partition import BLOCK_ROWS, Partition, all_but, check_responsibilities, check_rows
+from .partition import BLOCK_ROWS, Less, Partition, all_but, check_responsibilities, check_rows, forget
 
 BLOCK_INDICES = 1 << 14  # drawn ahead at most, and at most BLOCK_BATCHES batches
 BLOCK_BATCHES = 64
+SETTLED = 1 / 8  # of the rows; when so many indices were drawn since the last change, tables pay
 
 
 class SingleClusterSampler:
@@ -31,9 +32,9 @@ class SingleClusterSampler:
     log space; a row that no remaining cluster explains goes to the nearest remaining mean.
 
     Exact at any size that memory holds, to 1e8 rows and more. Memory: K responsibilities a row (4 K bytes in float32)
-    and K ranks (K bytes); 8 bytes a row for each cluster of a share below 1/16, which is drawn from a table of
-    cumulative weights; 16 bytes a row without replacement; the first two again, less a cluster, for each dissolved one;
-    and 128 kB of rows drawn ahead for each cluster.
+    and K ranks (K bytes); 8 bytes a row for each cluster of a share below 1/16 that is drawn from a table of cumulative
+    weights; 16 bytes a row without replacement; the first again, less the clusters dissolved, for each batch size that
+    dissolves some; and 128 kB of rows drawn ahead for each cluster.
 
     Args:
         generator: on the CPU; the only source of randomness. 53-bit uniforms, drawn ahead in blocks.
@@ -53,12 +54,14 @@ class SingleClusterSampler:
         self.replacement = bool(replacement)
         self.size = 0
         self._partition: Partition | None = None
+        self._dissolved: dict[tuple[int, ...], Less] = {}  # by the ids that are kept
         self._trajectories: tuple[Tensor, Tensor, Tensor] | None = None  # numbers, times, clusters; when assigned
         # the walk over all rows, before any clustering
         self._everything = torch.empty(0, dtype=torch.int64, device="cpu")
         self._ahead: deque[tuple[Tensor, int]] = deque()
         self._ahead_for = 0
         self._block = 1
+        self._drawn = 0  # indices, since the last change
         self._pools: list[Tensor] = []  # of each cluster, rows that were drawn with it and not yet given out
 
     @property
@@ -79,18 +82,18 @@ class SingleClusterSampler:
     def extend(self, rows: int) -> None:
         """Rows were appended at the end."""
         self.size += rows
-        if self._partition is not None:
-            self._partition.grow(self.size)
-            self._label(self._partition, torch.arange(self.size - rows, self.size, device="cpu"))
+        for partition in self._partitions():
+            partition.grow(self.size)
+            self._label(partition, torch.arange(self.size - rows, self.size, device="cpu"))
         self.forget_ahead()
 
     def overwrite(self, rows: Tensor) -> None:
         """Rows [M] hold new transitions."""
         rows = rows.unique()
-        if self._partition is not None:
-            self._partition.forget(rows)
-            self._label(self._partition, rows)
-            self._rehouse(self._partition)
+        forget(self._partitions(), rows)
+        for partition in self._partitions():
+            self._label(partition, rows)
+            self._rehouse(partition)
         self.forget_ahead()
 
     def assign(
@@ -120,7 +123,7 @@ class SingleClusterSampler:
             # Exactly one, or rows would be drawn as often as their sum says.
             r[:, start : start + len(part)] = (part / part.sum(dim=1, keepdim=True)).T
         d = None if distances is None else distances.T.cpu().contiguous()
-        self._partition = Partition(r, torch.arange(len(r), device="cpu"), d)
+        self._partition, self._dissolved = Partition(r, torch.arange(len(r), device="cpu"), d), {}
         # copies: the ring numbers its rows anew, while the clusters are those of these rows
         self._trajectories = None
         if trajectories is not None:
@@ -138,12 +141,14 @@ class SingleClusterSampler:
             "size": self.size,
             "generator": self.generator.get_state(),
             "partition": None if self._partition is None else self._partition.state(self.size),
+            "dissolved": [less.state(self.size) for less in self._dissolved.values()],
             "trajectories": self._trajectories,
             "everything": self._everything,
             "ahead_rows": [rows for rows, _ in self._ahead],
             "ahead_clusters": [cluster for _, cluster in self._ahead],
             "ahead_for": self._ahead_for,
             "block": self._block,
+            "drawn": self._drawn,
             "pools": list(self._pools),
         }
 
@@ -154,12 +159,14 @@ class SingleClusterSampler:
                 fail(name, repr(state[name]), repr(getattr(self, name)))
         size = state["size"]
         partition = None if state["partition"] is None else Partition.from_state(state["partition"], size)
+        less = [] if partition is None else [Less.of_state(partition, part, size) for part in state["dissolved"]]
         if partition is not None and (partition.labels is None) == (not self.replacement):
             fail("labels", "those of the rows" if partition.labels is None else "none, with replacement", "the other")
         for rows in (state["everything"], *state["ahead_rows"], *state["pools"]):
             check_rows("rows drawn ahead", rows, size)
         block = check_integer("block", state["block"], minimum=1)
         ahead_for = check_integer("ahead_for", state["ahead_for"], minimum=0)
+        drawn_since = check_integer("drawn", state["drawn"], minimum=0)
         drawn, clusters = state["ahead_rows"], state["ahead_clusters"]
         known = [-1] if partition is None else partition.ids.tolist()
         if len(drawn) != len(clusters) or any(len(rows) != ahead_for for rows in drawn) or set(clusters) - set(known):
@@ -172,10 +179,11 @@ class SingleClusterSampler:
             check_rows("trajectories", places, len(state["partition"]["ids"]))
         self.generator.set_state(state["generator"].clone())
         self._partition, self.size = partition, size
+        self._dissolved = {tuple(each.ids.tolist()): each for each in less}
         self._trajectories = None if trajectories is None else (numbers, times, places)
         self._everything = state["everything"].clone()
         self._ahead = deque(zip([rows.clone() for rows in drawn], clusters))
-        self._ahead_for, self._block = ahead_for, block
+        self._ahead_for, self._block, self._drawn = ahead_for, block, drawn_since
         self._pools = [rows.clone() for rows in state["pools"]]
 
     def sample(self, batch_size: int) -> tuple[Tensor, int]:
@@ -219,41 +227,48 @@ class SingleClusterSampler:
             fail("buffer", "a refresh before its clusters are asked for", "no clusters")
         return self._partition
 
+    def _partitions(self) -> list[Partition]:
+        """With all clusters, and with some dissolved."""
+        return [] if self._partition is None else [self._partition, *self._dissolved.values()]
+
     def _partition_for(self, batch_size: int) -> Partition:
         partition = self._clustered()
+        clusters = len(partition.ids)
+        chain: dict[tuple[int, ...], Less] = {}
         while len(partition.ids) > 1:
             sizes = partition.effective_sizes(self.size)
             smallest = int(sizes.argmin())
             if float(sizes[smallest]) >= batch_size:
                 break
-            partition = self._without(partition, smallest)
+            partition = less = self._without(partition, smallest)
+            chain[tuple(less.ids.tolist())] = less
+        if len(self._dissolved) > clusters:  # with time, others have gone first
+            self._dissolved = chain
         if self._trajectories is None:
             return partition
         if partition.tailed is None:
             partition.tailed = partition.with_tails(*self._trajectories)
         return partition.tailed
 
-    def _without(self, partition: Partition, z: int) -> Partition:
+    def _without(self, partition: Partition, z: int) -> Less:
         """The partition without its z-th cluster, made once and then kept in step with it."""
-        known = partition.dissolved.get(z)
-        if known is None:
-            known = partition.dissolved[z] = partition.without(z)
+        kept = all_but(z, len(partition.ids))
+        ids = tuple(partition.ids[kept].tolist())
+        if ids not in self._dissolved:
+            less = self._dissolved[ids] = partition.without(z)
             if partition.labels is not None:
-                known.labels = torch.searchsorted(all_but(z, len(partition.ids)), partition.labels)
-                homeless = (partition.labels == z).nonzero().squeeze(1)
-                self._label(known, homeless)
-        return known
+                less.labels = torch.searchsorted(kept, partition.labels)
+                self._label(less, (partition.labels == z).nonzero().squeeze(1))
+        return self._dissolved[ids]
 
     def _label(self, partition: Partition, rows: Tensor) -> None:
-        """Without replacement: z_i ~ Cat(r_i) for rows, in the partition and in those dissolved from it."""
+        """Without replacement: z_i ~ Cat(r_i) for rows."""
         if partition.labels is None:
             return
         cumulative = partition.responsibilities(self.size, rows).double().cumsum(dim=1)
         u = torch.rand(len(rows), 1, generator=self.generator, dtype=torch.float64, device="cpu")
         labels = (u * cumulative[:, -1:] >= cumulative).sum(dim=1).clamp(max=len(partition.ids) - 1)
         partition.relabel(rows, labels)
-        for child in partition.dissolved.values():
-            self._label(child, rows)
 
     def _rehouse(self, partition: Partition) -> None:
         """Without replacement: rows that no clustering has seen leave clusters that lost all who belonged to them."""
@@ -261,14 +276,13 @@ class SingleClusterSampler:
             return
         if bool(((partition.p == 0) & (partition.members() > 0)).any()):
             self._label(partition, (partition.p == 0)[partition.labels].nonzero().squeeze(1))
-        for child in partition.dissolved.values():
-            self._rehouse(child)
 
     def forget_ahead(self) -> None:
         """Batches to come are drawn by everything as it is now."""
         self._ahead.clear()
         self._pools.clear()
         self._block = 1
+        self._drawn = 0
 
     def _draw_ahead(self, batch_size: int) -> None:
         """Fill the queue: one batch after a change (of size, too), then twice as many each time until the next."""
@@ -288,12 +302,14 @@ class SingleClusterSampler:
 
     def _draw_rows(self, partition: Partition, counts: list[int]) -> list[Tensor]:
         """So many rows of each cluster."""
+        self._drawn += sum(counts)
         return rows_of_clusters(
             partition,
             counts,
             self._pools,
             size=self.size,
             generator=self.generator,
+            settled=self._drawn > SETTLED * self.size,
             overlapping=self._trajectories is not None,  # with tails a row can be in several clusters
         )
 

