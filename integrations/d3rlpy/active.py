@@ -35,7 +35,7 @@ from c4buffer._checks import fail
 
 from .active_config import ACTIVEConfig
 from .active_networks import PolicyDensity, new_value_functions
-from .batches import UniformBatches, call_of_fitter, updated, view_of
+from .batches import UniformBatches, fitter_call, updated, view_of
 from .dataset import rows_since, seen_of, stored_transitions_of
 
 DENSITY = {"min_logstd": -5.0, "max_logstd": 2.0, "use_std_parameter": True}  # of the policy, as IQL's in d3rlpy
@@ -102,6 +102,7 @@ class ACTIVE(QLearningAlgoBase["ACTIVEImpl", ACTIVEConfig]):
             ValueError: for discrete actions.
         """
         _check_continuous(dataset)
+        self._follow()
         drawn_elsewhere = not _draws_as_the_host(dataset)
         batches: Any = None
         newest: Any = None
@@ -115,8 +116,9 @@ class ACTIVE(QLearningAlgoBase["ACTIVEImpl", ACTIVEConfig]):
                 batches, newest = UniformBatches(dataset, self), seen_of(dataset)
             return batches.sample(batch_size)
 
-        call = call_of_fitter(self, dataset, view_of(dataset, sample), arguments, options)
-        yield from super().fitter(*call.args, **call.kwargs)
+        given, named = fitter_call(self, dataset, arguments, options)
+        with view_of(dataset, sample) as view:
+            yield from super().fitter(view, *given, **named)
 
     def update(self, batch: Any) -> dict[str, float]:
         """d3rlpy's `update`; a TorchMiniBatch is taken as it is, on the device and scaled.
@@ -134,6 +136,7 @@ class ACTIVE(QLearningAlgoBase["ACTIVEImpl", ACTIVEConfig]):
         """
         if self._waits_for_target:
             fail("likelihood_target", "a number, or a fit before fit_online", "'auto'")
+        self._follow()
         super().fit_online(env, *arguments, **options)
 
     def build_with_dataset(self, dataset: Any) -> None:
@@ -189,6 +192,12 @@ class ACTIVE(QLearningAlgoBase["ACTIVEImpl", ACTIVEConfig]):
         if self._config.likelihood_target != "auto":
             temperature.target = self._config.likelihood_target
         temperature.beta.data.clamp_(max=temperature.maximum if temperature.maximum is not None else math.inf)
+
+    def _follow(self) -> None:
+        """Before a fit: the config's settings as they stand."""
+        self._config.__post_init__()
+        if self._impl is not None:
+            self._impl.follow()
 
     def _know_target(self, dataset: Any) -> None:
         if self._waits_for_target:
@@ -260,9 +269,20 @@ class ACTIVEImpl(DDPGBaseImpl):
         self._compiled: bool = options["compiled"]
         self._updating = False
         self._known_q: tuple[Tensor, Tensor] | None = None
+        self._named_target = config.likelihood_target  # what the config said last
+        self.follow()
+
+    def follow(self) -> None:
+        """Take the config's settings as they stand. H_D is taken where it is another than the config's before."""
+        config, temperature = self._config, self._modules.temperature
         self._advantage = VEnsembleAdvantage(
             quantile=config.quantile, temperature=config.temperature, max_weight=config.max_weight
         )
+        temperature.learning_rate, temperature.maximum = config.beta_learning_rate, config.max_beta
+        temperature.beta.data.clamp_(max=math.inf if config.max_beta is None else config.max_beta)
+        if config.likelihood_target != self._named_target:
+            temperature.target = None if config.likelihood_target == "auto" else config.likelihood_target
+            self._named_target = config.likelihood_target
 
     @property
     def waits_for_target(self) -> bool:

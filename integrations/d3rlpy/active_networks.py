@@ -22,7 +22,7 @@ class PolicyDensity(nn.Module):
         self._algo = algo
 
     def log_prob(self, observations: Any, actions: Tensor) -> Tensor:
-        observations = scaled_observations(observations, self._algo)
+        observations = scaled_observations(observations, self._algo.observation_scaler)
         observations = list(observations) if isinstance(observations, tuple) else observations
         found: Tensor = build_gaussian_distribution(self.policy(observations)).log_prob(actions).squeeze(1)
         return found

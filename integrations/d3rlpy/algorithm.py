@@ -35,13 +35,14 @@ from d3rlpy.algos import (
     ReBRAC,
     TD3PlusBC,
 )
+from d3rlpy.algos.utility import assert_action_space_with_dataset, assert_action_space_with_env
 from d3rlpy.dataset import MixedReplayBuffer, ReplayBufferBase, create_fifo_replay_buffer
 
 from c4buffer import ClusteredReplayBuffer, Clusterer, Critics
 from c4buffer._checks import fail
 
 from .active import ACTIVE
-from .batches import Batches, MixedBatches, call_of_fitter, updated, view_of
+from .batches import Batches, MixedBatches, fitter_call, updated, view_of
 from .config import C4Config
 from .implementation import arm_impl, bare, follow
 
@@ -114,8 +115,11 @@ def _check_supported(algo: Any) -> None:
         fail("algo", "a d3rlpy Q-learning algorithm, as create() makes one of a config", name)
     if not isinstance(algo, SUPPORTED):
         fail("algo", "one of " + ", ".join(sorted(cls.__name__ for cls in SUPPORTED)), name)
-    if type(algo).update not in (QLearningAlgoBase.update, ACTIVE.update):
+    if type(algo).update not in (QLearningAlgoBase.update, ACTIVE.update) or "update" in vars(algo):
         fail("algo", "d3rlpy's own `update`, as batches come as tensors", f"one of {name}'s")
+    patched = vars(algo.impl).keys() & {"inner_update", "compute_critic_loss", "compute_loss"} if algo.impl else ()
+    if patched:
+        fail("algo", "methods of its classes, to which the penalty is added", f"{min(patched)} set on the object")
 
 
 class C4Algorithm(QLearningAlgoBase):
@@ -171,9 +175,11 @@ class C4Algorithm(QLearningAlgoBase):
             self._c4_check_fresh("fit with a MixedReplayBuffer")
         if dataset.transition_count == 0:
             fail("dataset", "at least one transition", "an empty dataset")
+        assert_action_space_with_dataset(self, dataset.dataset_info)
         self._c4_start(MixedBatches(dataset, self) if mixed else Batches(dataset, self, saved=self._c4_saved))
-        call = call_of_fitter(self, dataset, self._c4_view(dataset), arguments, options)
-        yield from super().fitter(*call.args, **call.kwargs)
+        given, named = fitter_call(self, dataset, arguments, options)
+        with self._c4_view(dataset) as view:
+            yield from super().fitter(view, *given, **named)
 
     def fit_online(self, env: Any, buffer: Any = None, *arguments: Any, **options: Any) -> None:
         """d3rlpy's `fit_online`, drawing its batches from a ClusteredReplayBuffer that takes what `buffer` takes.
@@ -186,9 +192,11 @@ class C4Algorithm(QLearningAlgoBase):
         buffer = create_fifo_replay_buffer(ONLINE_CAPACITY, env=env) if buffer is None else buffer
         n_steps = options.get("n_steps", arguments[1] if len(arguments) > 1 else ONLINE_CAPACITY)
         self._c4_check_fresh("fit_online")
+        assert_action_space_with_env(self, env)
         kind = MixedBatches if isinstance(buffer, MixedReplayBuffer) else Batches
         self._c4_start(kind(buffer, self, n_steps=n_steps))
-        super().fit_online(env, self._c4_view(buffer), *arguments, **options)
+        with self._c4_view(buffer) as view:
+            super().fit_online(env, view, *arguments, **options)
 
     def c4_resume(self, path: str | os.PathLike[str]) -> None:
         """Let the next `fit` go on, batch for batch, where the buffer that was saved to `path` stood.
@@ -219,7 +227,7 @@ class C4Algorithm(QLearningAlgoBase):
         self._c4_saved = path
 
     def update(self, batch: Any) -> dict[str, float]:
-        """One update from a TransitionMiniBatch, or from a batch that is on the device and scaled already."""
+        """One update from a TransitionMiniBatch, from a TorchMiniBatch, or from a batch of `c4_buffer`."""
         metrics: dict[str, float] = updated(self, super().update, batch)
         buffer = self.c4_secondary_buffer if self.c4_buffer is None else self.c4_buffer  # a share may be none
         report = None if buffer is None else buffer.last_report
@@ -241,6 +249,7 @@ class C4Algorithm(QLearningAlgoBase):
 
     def _c4_start(self, batches: Batches | MixedBatches) -> None:
         """A fit with these batches, and with the config's settings as they stand."""
+        self._c4_config.__post_init__()  # they may have been set since it was made
         self._c4_batches = batches
         if self._impl is not None:
             follow(self._impl, self._c4_config)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import inspect
 import os
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from d3rlpy.algos import QLearningAlgoBase
+from d3rlpy.algos import BCQConfig, PLASConfig, PLASWithPerturbationConfig
 from d3rlpy.dataset import MixedReplayBuffer, ReplayBufferBase
 from d3rlpy.torch_utility import TorchMiniBatch
 
-from c4buffer import ClusteredReplayBuffer, Critics, Every
+from c4buffer import ClusteredReplayBuffer, Critics, Every, Transitions
 from c4buffer._checks import fail
 
 from .dataset import (
@@ -33,37 +35,63 @@ from .frames import FrameBuffer, fill
 from .online import ReturnsToGo, check_growing, check_secondary, rows_at_most
 
 # updates before the critics learn, of the algorithms that hold them back (BEAR warms up its actor alone)
-WARM_UPS = {"bcq": "rl_start_step", "plas": "warmup_steps", "plas_with_perturbation": "warmup_steps"}
+WARM_UPS = {BCQConfig: "rl_start_step", PLASConfig: "warmup_steps", PLASWithPerturbationConfig: "warmup_steps"}
 OWN_OPTIONS = ("capacity", "n_clusters", "seed")  # of the buffer, which the adapter gives
 SECOND = 0x7F4A7C15  # between the seeds of a mixed dataset's two buffers
 RANK = 0x9E3779B9  # and between those of one training's processes; of a seed, a CPU generator takes the lower 32 bits
 
 
-def call_of_fitter(algo: Any, dataset: Any, view: Any, arguments: Any, options: Any) -> inspect.BoundArguments:
-    """The arguments of d3rlpy's `fitter` for a view of the dataset, whose evaluators are given the dataset itself.
+def fitter_call(algo: Any, dataset: Any, arguments: Any, options: Any) -> tuple[list[Any], dict[str, Any]]:
+    """What d3rlpy's `fitter`, or yours, is given after a view of the dataset: evaluators get the dataset itself.
 
     What an evaluator draws is no batch of the training's.
     """
-    call = inspect.signature(functools.partial(QLearningAlgoBase.fitter, algo)).bind(view, *arguments, **options)
-    evaluators = call.arguments.get("evaluators") or {}
+    ours = __name__.rpartition(".")[0]
+    theirs = (kind for kind in type(algo).__mro__ if not kind.__module__.startswith(ours))
+    fitter = next(vars(kind)["fitter"] for kind in theirs if "fitter" in vars(kind))
+    names = list(inspect.signature(fitter).parameters)[2:]  # after the algorithm and the dataset
+    arguments, options = list(arguments), dict(options)
+    place = names.index("evaluators") if "evaluators" in names else len(arguments)
 
     def of_dataset(evaluator: Callable[[Any, Any], float]) -> Callable[[Any, Any], float]:
         return lambda algo, _: evaluator(algo, dataset)
 
-    call.arguments["evaluators"] = {name: of_dataset(evaluator) for name, evaluator in evaluators.items()}
-    return call
+    where: Any = (options, "evaluators") if place >= len(arguments) else (arguments, place)
+    given = options.get("evaluators") if place >= len(arguments) else arguments[place]
+    if given:
+        where[0][where[1]] = {name: of_dataset(evaluator) for name, evaluator in given.items()}
+    return arguments, options
 
 
-def view_of(dataset: Any, sample: Callable[[int], Any]) -> Any:
-    """The dataset as it is, in all that it holds and takes; only its batches are drawn elsewhere."""
-    kind = type(type(dataset).__name__, (type(dataset),), {"sample_transition_batch": property(lambda _: sample)})
-    view: Any = object.__new__(kind)
+@contextlib.contextmanager
+def view_of(dataset: Any, sample: Callable[[int], Any]) -> Iterator[Any]:
+    """The dataset as it is, in all that it holds and takes; only its batches are drawn elsewhere, while this lasts."""
+    kind: Any = type(dataset)
+    view: Any = object.__new__(_view_class(kind))
     view.__dict__ = dataset.__dict__
-    return view
+    view._c4_sample = sample  # beside that dictionary
+    try:
+        yield view
+    finally:
+        del view._c4_sample  # with the data behind it, whoever still knows the view
+
+
+@functools.cache
+def _view_class(kind: Any) -> type:
+    """Made once for each kind of dataset, not for each fit: what a class of a fit's own held would stay."""
+    drawn = property(lambda view: view._c4_sample)
+    return type(kind.__name__, (kind,), {"__slots__": ("_c4_sample",), "sample_transition_batch": drawn})
 
 
 def updated(algo: Any, update: Callable[[Any], dict[str, float]], batch: Any) -> dict[str, float]:
-    """One update: d3rlpy's own, or from a TorchMiniBatch, on the device and scaled already, as it is."""
+    """One update: d3rlpy's own, or from what is on the device and scaled already, as it is.
+
+    That is a TorchMiniBatch, or a batch of `algo.c4_buffer`.
+    """
+    if isinstance(batch, Transitions):
+        if algo.need_returns_to_go:
+            fail("batch", "a batch of d3rlpy's, with its returns to go", "Transitions")
+        batch = to_mini_batch(batch, algo)
     if not isinstance(batch, TorchMiniBatch):
         return update(batch)
     metrics: dict[str, float] = algo._impl.update(batch, algo._grad_step)
@@ -114,7 +142,7 @@ class Batches:
     ) -> None:
         self.buffer: ClusteredReplayBuffer | None = None
         self._dataset = dataset
-        self._algo = algo
+        self._algo: Any = weakref.proxy(algo)  # it holds these: the data wait for no garbage collector
         self._capacity: int | None = None  # of a buffer that grows
         self._saved = saved
         self._seed_offset = seed_offset
@@ -219,7 +247,7 @@ class Batches:
         critics: Critics = self._algo.impl.c4_critics
         if not self._images:
             return critics
-        scale = functools.partial(scaled_observations, algo=self._algo)
+        scale = functools.partial(scaled_observations, scaler=self._algo.observation_scaler)
         policy = None if critics.policy is None else _Scaled(critics.policy, scale)
         return Critics(critics.critic, critics.target, policy=policy, features=critics.features, encode=scale)
 
@@ -233,7 +261,7 @@ class Batches:
     def _warm_up(self) -> int:
         """Updates before the critics learn, and have gradients worth clustering."""
         base = self._algo.config.base
-        return int(getattr(base, WARM_UPS[base.get_type()])) if base.get_type() in WARM_UPS else 0
+        return next((int(getattr(base, name)) for kind, name in WARM_UPS.items() if isinstance(base, kind)), 0)
 
 
 class MixedBatches:

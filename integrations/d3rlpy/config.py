@@ -101,6 +101,15 @@ class C4Config(LearnableConfig):
         if self.seed is not None:
             self.seed = check_integer("seed", self.seed, minimum=0)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_") and name not in self.__dataclass_fields__:
+            fail(f"config.{name}", "a field of C4Config; the algorithm's own are set on config.base", "another")
+        super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        hint = "" if name.startswith("_") else "; the algorithm's own fields are config.base's"
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}")
+
     @property
     def fewest_rows(self) -> int:
         """Transitions without which there can not be so many clusters."""

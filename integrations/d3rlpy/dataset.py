@@ -164,12 +164,12 @@ def has_images(observations: Any) -> bool:
     return any(part.dtype == torch.uint8 for part in parts)
 
 
-def scaled_observations(observations: Any, algo: Any) -> Any:
+def scaled_observations(observations: Any, scaler: Any) -> Any:
     """What the networks see of stored observations: floats, images scaled as the others were when they were stored."""
     if not has_images(observations):
         return observations
     floats = _leafwise(torch.Tensor.float, observations)
-    return floats if algo.observation_scaler is None else _transformed(algo.observation_scaler, floats)
+    return floats if scaler is None else _transformed(scaler, floats)
 
 
 def _floats(values: np.ndarray) -> Tensor:
@@ -226,7 +226,9 @@ def to_mini_batch(batch: Transitions, algo: Any, returns_to_go: Tensor | None = 
     """A sampled batch as d3rlpy's own record: scaled, but for images, which are scaled here."""
     observations, next_observations = (
         list(value) if isinstance(value, tuple) else value
-        for value in (scaled_observations(part, algo) for part in (batch.observations, batch.next_observations))
+        for value in (
+            scaled_observations(part, algo.observation_scaler) for part in (batch.observations, batch.next_observations)
+        )
     )
     rewards = batch.rewards.unsqueeze(1)
     return TorchMiniBatch(

@@ -40,7 +40,7 @@ def measure(algo: Any, transitions: Transitions, *, n_clusters: int = 3) -> dict
     if has_images(transitions.observations):  # as a buffer stores them
         columns = dict(transitions.columns())
         for name in ("observations", "next_observations"):
-            columns[name] = scaled_observations(columns[name], algo)
+            columns[name] = scaled_observations(columns[name], algo.observation_scaler)
         transitions = Transitions.unchecked(columns)
     embeddings = stacked_gradients(critics, transitions)
     responsibilities = ReducedClusterer(MixtureClusterer(n_clusters))(embeddings, None)
