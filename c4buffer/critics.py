@@ -24,7 +24,8 @@ class Critics:
     Args:
         critic: Q. A callable `(observations, actions) -> [B]` or `[B, 1]`, an ensemble as `[n, B]`, `[n, B, 1]` or a
             sequence of those, or a sequence of callables (`[q1, q2]`, a ModuleList). For discrete actions (int64):
-            `(observations) -> [B, n_actions]`, gathered at the action.
+            `(observations) -> [B, n_actions]`, gathered at the action. Of an ensemble of n that one network computes,
+            the penalty costs n^2; as a sequence of n callables, one for each member, n.
         target: the target critic, of the same form.
         policy: `policy(next_observations) -> a'`; when given, it replaces the data's next actions everywhere.
         features: `features(critic, observations, actions) -> [B, F]`, the last hidden layer, called for each member of

@@ -19,6 +19,7 @@ from .transitions import Transitions
 Embed = Callable[[Critics, Transitions], Tensor]
 Embedding = Union[Literal["gradients", "features"], Embed]
 
+WIDEST_NORMS = 1024  # columns of a covariance whose norms a refresh takes
 WIDEST = 8192  # columns that are kept for all rows at once; gradients by pixels have tens of thousands
 
 EMBEDDINGS: dict[str, Callable[..., Tensor]] = {"gradients": stacked_gradients, "features": stacked_features}

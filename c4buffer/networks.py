@@ -11,12 +11,16 @@ from typing import Any
 
 from torch import nn
 
+MOST_PARTS = 1000  # of a container that is looked into; one of more is a log or a memory
+
 
 def modules_behind(part: Any, depth: int = 4) -> list[nn.Module]:
     """The networks that a callable is, holds, or names in its body; found within `depth` steps."""
     if isinstance(part, nn.Module):
         return [part]
     held: Iterable[Any] = ()
+    if isinstance(part, (list, tuple, Mapping)) and len(part) > MOST_PARTS:
+        return []
     if isinstance(part, (list, tuple)):
         held = part
     elif isinstance(part, functools.partial):

@@ -206,6 +206,9 @@ def _principal_plane(y: Tensor) -> tuple[Tensor, list[float]]:
     y = y.double()
     scale = y.std(dim=0)
     y = (y - y.mean(dim=0)) / torch.where(scale > 0, scale, torch.ones_like(scale))
+    if y.shape[1] > len(y):  # as by pixels
+        u, lengths, _ = torch.linalg.svd(y, full_matrices=False)
+        return (u[:, :2] * lengths[:2]).cpu(), (lengths[:2].square() / lengths.square().sum()).tolist()
     values, vectors = torch.linalg.eigh(y.T @ y)
     return (y @ vectors[:, -2:].flip(1)).cpu(), (values[-2:].flip(0) / values.sum()).tolist()
 

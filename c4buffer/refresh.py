@@ -14,7 +14,7 @@ from torch import Tensor
 from ._checks import check_integer, check_number, fail
 from .clustering import ranks_of_means
 from .critics import Critics
-from .embedding import Embedding, embed_rows
+from .embedding import WIDEST_NORMS, Embedding, embed_rows
 from .losses.covariance import decompose_cross_covariance
 from .partition import check_responsibilities
 from .reduction import ReducedClusterer
@@ -37,7 +37,7 @@ class RefreshReport:
             to; NaN likewise.
         seconds: wall time of embedding, clustering and assigning.
         total, within, between: Frobenius norms of C = Cov(g', g) over all transitions, of E[C_Z] and of
-            Cov(mu'_Z, mu_Z) (Theorem 2). NaN for an embedding that is not a pair or was projected as it was read,
+            Cov(mu'_Z, mu_Z) (Theorem 2). NaN for an embedding that is not a pair, or one of more than 1,024 columns,
             and for a single transition.
     """
 
@@ -91,7 +91,7 @@ def refreshed(
         clusterer.load_state_dict(before)  # what it found is not in force
         raise
     norms = [float("nan")] * 3
-    if isinstance(embedding, str) and rows > 1 and not projected:
+    if isinstance(embedding, str) and rows > 1 and not projected and embeddings.shape[1] <= 2 * WIDEST_NORMS:
         target, online = embeddings.chunk(2, dim=1)
         parts = decompose_cross_covariance(target, online, sampler.responsibilities.to(embeddings))
         norms = [float(torch.linalg.matrix_norm(part)) for part in parts]

@@ -311,3 +311,23 @@ def test_networks_put_into_a_critic_later_are_evaluated_too() -> None:
     with critics.evaluating():
         assert not any(module.training for module in critic.modules())
     assert all(module.training for module in critic.modules())
+
+
+def test_logs_and_memories_of_an_agent_are_not_searched_for_networks(make_critic: Any) -> None:
+    class Log(list):  # type: ignore[type-arg]
+        def __iter__(self) -> Any:
+            raise AssertionError("looked into")
+
+    class Agent:
+        def __init__(self) -> None:
+            self.q = make_critic(5)
+            self.ensemble = [make_critic(5) for _ in range(20)]
+            self.losses = Log(range(5000))
+            self.memory = dict.fromkeys(range(5000))
+
+        def act(self, observations: Tensor) -> Tensor:
+            return observations[:, :2]
+
+    agent = Agent()
+    found = Critics(agent.q, agent.q, policy=agent.act).modules
+    assert all(any(module is network for module in found) for network in (agent.q, *agent.ensemble))

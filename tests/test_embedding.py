@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from c4buffer import ClusteredReplayBuffer, Critics, Transitions, embedding, stacked_gradients
+from c4buffer import ClusteredReplayBuffer, Critics, Transitions, embedding, refresh, stacked_gradients
 from c4buffer.embedding import embed_rows
+
+from .conftest import MakeTransitions
 
 
 def wide_data(rows: int = 60, pixels: int = 50) -> tuple[Transitions, Critics]:
@@ -82,3 +84,13 @@ def test_a_buffer_clusters_them(monkeypatch: pytest.MonkeyPatch) -> None:
     other = ClusteredReplayBuffer.from_transitions(transitions, n_clusters=2, max_dim=10, embedding=own, seed=0)
     other.refresh(critics)
     assert other.mixture.means.shape == (2, 10)
+
+
+def test_norms_of_wide_covariances_are_not_taken(
+    make_transitions: MakeTransitions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refresh, "WIDEST_NORMS", 7)
+    for width, known in ((5, True), (6, False)):  # of gradients by 7 and by 8 columns
+        critic = torch.nn.Bilinear(width, 2, 1)
+        buffer = ClusteredReplayBuffer.from_transitions(make_transitions(40, width, 2), n_clusters=2, seed=0)
+        assert math.isfinite(buffer.refresh(Critics(critic, critic)).total) == known

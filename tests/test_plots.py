@@ -110,3 +110,11 @@ def test_more_runs_than_colours_are_all_drawn() -> None:
     split = {name: [1.0, 2.0] for name in ("updates", "total", "within", "between", "correlation")}
     figure = plots.cross_covariance_split({f"run {i}": split for i in range(7)})
     assert all(len(panel.lines) for panel in figure.axes)
+
+
+def test_of_gradients_wider_than_their_rows_the_plane_is_the_same() -> None:
+    y = torch.randn(30, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 13)
+    wide = torch.cat([y, y, y], dim=1)  # three times the same directions: the same plane, sqrt(3) as far
+    (narrow, shares), (plane, wide_shares) = plots._principal_plane(y), plots._principal_plane(wide)
+    assert torch.allclose(plane.abs(), 3**0.5 * narrow.abs())
+    assert wide_shares == pytest.approx(shares)

@@ -192,9 +192,10 @@ class C4Algorithm(QLearningAlgoBase):
         buffer = create_fifo_replay_buffer(ONLINE_CAPACITY, env=env) if buffer is None else buffer
         n_steps = options.get("n_steps", arguments[1] if len(arguments) > 1 else ONLINE_CAPACITY)
         self._c4_check_fresh("fit_online")
-        assert_action_space_with_env(self, env)
         kind = MixedBatches if isinstance(buffer, MixedReplayBuffer) else Batches
-        self._c4_start(kind(buffer, self, n_steps=n_steps))
+        batches = kind(buffer, self, n_steps=n_steps)
+        assert_action_space_with_env(self, env)  # as the host will, before the last fit's buffer is let go
+        self._c4_start(batches)
         with self._c4_view(buffer) as view:
             super().fit_online(env, view, *arguments, **options)
 

@@ -19,6 +19,7 @@ from d3rlpy.torch_utility import TorchMiniBatch
 
 from c4buffer import ClusteredReplayBuffer, Critics, Every, Transitions
 from c4buffer._checks import fail
+from c4buffer.buffer_state import state_of
 
 from .dataset import (
     Seen,
@@ -206,8 +207,9 @@ class Batches:
 
     def _go_on(self, buffer: ClusteredReplayBuffer, path: str | os.PathLike[str]) -> None:
         """The saved buffer's clusters, generator and counters, over the same transitions."""
-        state = ClusteredReplayBuffer.load(path, **self._options()).state_dict()
-        if not _same(state["storage"], buffer.state_dict()["storage"]):
+        options = {**self._options(), "device": "cpu", "storage": "memory", "folder": None}  # no second copy on a GPU
+        state = state_of(ClusteredReplayBuffer.load(path, **options))
+        if not _same(state["storage"], state_of(buffer)["storage"]):
             fail("dataset", f"the transitions of the buffer in {path}, scaled as they were", "others")
         buffer.load_state_dict(state)
 
@@ -338,7 +340,7 @@ def _joined(parts: list[TorchMiniBatch]) -> TorchMiniBatch:
 def _same(one: Any, other: Any) -> bool:
     """Whether two states are equal, tensor by tensor."""
     if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and torch.equal(one, other)
+        return isinstance(other, torch.Tensor) and torch.equal(one, other.to(one.device))
     if isinstance(one, dict):
         return isinstance(other, dict) and one.keys() == other.keys() and all(_same(one[k], other[k]) for k in one)
     if isinstance(one, (list, tuple)):

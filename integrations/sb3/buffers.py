@@ -18,7 +18,7 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from c4buffer import Critics, ReducedClusterer, SingleClusterSampler, decompose_cross_covariance
 from c4buffer._checks import check_choice, check_integer, fail
 from c4buffer.clustering import ranks_of_means
-from c4buffer.embedding import embed_rows
+from c4buffer.embedding import WIDEST_NORMS, embed_rows
 from c4buffer.reduction import reduced
 
 from .reading import joined, picked, transitions_of_samples
@@ -27,7 +27,6 @@ GOAL_KEYS = {"observation", "achieved_goal", "desired_goal"}
 LIVE = {"_critics": None, "_sampler": None, "_batch": None, "_clusterer": None}  # while bound; never copied or pickled
 ROW_BY_ROW = (ReplayBuffer._get_samples, DictReplayBuffer._get_samples)
 TRIES = 8  # to find rows of a cluster that can be sampled, before all are looked at
-WIDEST_NORMS = 1024  # columns of a covariance whose norms are taken
 
 
 class _Clustered(ReplayBuffer):

@@ -18,32 +18,31 @@ Q_NETWORKS = ("qvalue_network", "value_network")
 
 
 class _Q:
-    """A Q-network with parameters of its own: `(observations, actions) -> [n, B, 1]` or `observations -> [n, B, A]`."""
+    """A Q-network with parameters of its own, of an ensemble one member's.
 
-    def __init__(self, loss: Any, name: str, parameters: str, output: Key, action: Key) -> None:
+    `(observations, actions) -> [B, 1]` or `observations -> [B, A]`.
+    """
+
+    def __init__(
+        self, loss: Any, name: str, parameters: str, output: Key, action: Key, *, member: int | None = None
+    ) -> None:
         self._loss, self._parameters = loss, parameters  # first, as the loss's are moved, and not the network's own
+        self._member = member
         self.network, self.output, self.action = getattr(loss, name), output, action
 
     @property
     def parameters(self) -> Any:
         """As the loss has them now: without delayed targets it makes new ones of them when it is moved."""
-        return getattr(self._loss, self._parameters)
+        parameters = getattr(self._loss, self._parameters)
+        return parameters if self._member is None else parameters[self._member]
 
     def __call__(self, observations: Observations, actions: Tensor | None = None) -> Tensor:
         batch = _input_of(self.network, observations, self.action)
         if actions is not None:
             batch.set(self.action, actions)
-
-        def value(parameters: Any) -> Tensor:
-            with parameters.to_module(self.network, preserve_module_state=False):
-                found: Tensor = self.network(batch.clone(False)).get(self.output)
-            return found if actions is None else found.mean(dim=-1, keepdim=True)  # of quantiles
-
-        parameters = self.parameters
-        if not parameters.batch_size:  # no ensemble
-            return value(parameters)
-        values: Tensor = torch.vmap(value, randomness="same")(parameters)
-        return values
+        with self.parameters.to_module(self.network, preserve_module_state=False):
+            found: Tensor = self.network(batch).get(self.output)
+        return found if actions is None else found.mean(dim=-1, keepdim=True)  # of quantiles
 
 
 class _Policy:
@@ -98,12 +97,23 @@ def critics_of(loss: LossModule, *, next_action: str = "policy") -> Critics:
     output = next((key for key in keys if key in network.out_keys), None)
     if output is None:
         fail("loss", "one of TorchRL's losses with a Q-network", f"{type(loss).__name__} with values of states alone")
-    critic, target = (_Q(loss, name, f"{which}{name}_params", output, action) for which in ("", "target_"))
+    critic, target = (_members(loss, name, f"{which}{name}_params", output, action) for which in ("", "target_"))
     if next_action == "dataset":
         return Critics(critic, target)
     if getattr(loss, "actor_network", None) is not None:
         return Critics(critic, target, policy=_Policy(loss, action))
-    return Critics(critic, target, policy=_Greedy(critic if getattr(loss, "double_dqn", False) else target))
+    greedy = critic if getattr(loss, "double_dqn", False) else target
+    if isinstance(greedy, list):
+        fail("next_action", "'dataset' for a loss with several Q-functions and no actor", "'policy'")
+    return Critics(critic, target, policy=_Greedy(greedy))
+
+
+def _members(loss: Any, name: str, parameters: str, output: Key, action: Key) -> _Q | list[_Q]:
+    """One by one, as the penalty takes each one's gradients: through all of them together they cost n times as much."""
+    size = getattr(loss, parameters).batch_size
+    if not size:
+        return _Q(loss, name, parameters, output, action)
+    return [_Q(loss, name, parameters, output, action, member=member) for member in range(size[0])]
 
 
 def _input_of(network: Any, observations: Observations, action: Key) -> TensorDictBase:

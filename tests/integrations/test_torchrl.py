@@ -49,6 +49,7 @@ from c4buffer import (
     diagnose,
     stacked_gradients,
 )
+from c4buffer.critics import member_values, members_of
 
 # a warning of TorchRL's losses: nothing is trained here, so that no target needs updates
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater")
@@ -400,8 +401,9 @@ def test_on_drift_refreshes_when_the_critics_moved(critics: Critics) -> None:
     buffer.sample()
     assert sampler.last_report is report
     with torch.no_grad():
-        for parameter in critics.critic.parameters.values(True, True):
-            parameter.mul_(3)
+        for member in critics.critic:
+            for parameter in member.parameters.values(True, True):
+                parameter.mul_(3)
     buffer.sample()
     assert sampler.last_report is not report
 
@@ -456,8 +458,9 @@ def test_a_state_goes_on_with_the_probe_of_on_drift(critics: Critics) -> None:
     buffer.sample()
     state = sampler.state_dict()
     with torch.no_grad():
-        for parameter in critics.critic.parameters.values(True, True):
-            parameter.mul_(3)
+        for member in critics.critic:
+            for parameter in member.parameters.values(True, True):
+                parameter.mul_(3)
     other_sampler, other = drifting(seed=1)
     other_sampler.load_state_dict(state)
     other_sampler.attach(critics)
@@ -847,13 +850,16 @@ def test_critics_follow_the_training() -> None:
     torch.manual_seed(0)
     loss = CONTINUOUS["TD3"]()
     critics, rows = critics_of(loss, next_action="dataset"), transitions_of(steps(10))
-    before = critics.critic(rows.observations, rows.actions)
-    target_before = critics.target(rows.observations, rows.actions)
+
+    def values(critic: Any) -> Tensor:
+        return torch.stack(member_values(critic, rows.observations, rows.actions))
+
+    before, target_before = values(critics.critic), values(critics.target)
     with torch.no_grad():
         for parameter in loss.qvalue_network_params.values(True, True):
             parameter.mul_(2)
-    assert not torch.allclose(critics.critic(rows.observations, rows.actions), before)
-    assert torch.equal(critics.target(rows.observations, rows.actions), target_before)
+    assert not torch.allclose(values(critics.critic), before)
+    assert torch.equal(values(critics.target), target_before)
     assert critics.policy is None
 
 
@@ -935,3 +941,16 @@ def test_critics_follow_a_loss_that_is_moved() -> None:
     loss.to(torch.float64)
     batch = steps(8).to(torch.float64)
     assert stacked_gradients(critics, transitions_of(batch)).dtype == torch.float64
+
+
+def test_members_of_an_ensemble_are_read_one_by_one() -> None:
+    loss = objectives.REDQLoss(stochastic_actor(), q_value(), num_qvalue_nets=5)
+    critics = critics_of(loss, next_action="dataset")
+    observations, actions = torch.randn(7, 3), torch.rand(7, 2)
+    values = member_values(critics.critic, observations, actions)
+    assert len(members_of(critics.critic)) == len(values) == 5
+    batch = TensorDict({"observation": observations, "action": actions}, batch_size=[7])
+    for value, parameters in zip(values, loss.qvalue_network_params.unbind(0)):
+        with parameters.to_module(loss.qvalue_network):
+            expected = loss.qvalue_network(batch.clone())["state_action_value"].squeeze(1)
+        assert torch.equal(value, expected)
