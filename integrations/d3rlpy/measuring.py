@@ -23,7 +23,8 @@ def measure(algo: Any, transitions: Transitions, *, n_clusters: int = 3) -> dict
 
     Args:
         algo: a built algorithm, wrapped or not.
-        transitions: `transitions_of(dataset, algo)`, scaled as the networks see them; images may be stored ones.
+        transitions: `transitions_of(dataset, algo)`, scaled as the networks see them; images may be stored ones, and
+            some hundred of them, as `transitions[:500]`, are enough and take 2 MB each.
         n_clusters: K of the mixture that splits the cross-covariance; fitted anew each time, to whatever algorithm.
             Gradients of more than 256 columns, as those by pixels, are reduced for it alone (see `ReducedClusterer`).
 
