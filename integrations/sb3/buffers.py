@@ -21,11 +21,12 @@ from c4buffer.clustering import ranks_of_means
 from c4buffer.embedding import WIDEST_NORMS, embed_rows
 from c4buffer.reduction import reduced
 
-from .reading import joined, picked, transitions_of_samples
+from .reading import AtEnvironments, joined, picked, transitions_of_samples
 
 GOAL_KEYS = {"observation", "achieved_goal", "desired_goal"}
 LIVE = {"_critics": None, "_sampler": None, "_batch": None, "_clusterer": None}  # while bound; never copied or pickled
 ROW_BY_ROW = (ReplayBuffer._get_samples, DictReplayBuffer._get_samples)
+INDEXED = (*ROW_BY_ROW, NStepReplayBuffer._get_samples)  # by positions and environments, whatever they read
 TRIES = 8  # to find rows of a cluster that can be sampled, before all are looked at
 
 
@@ -267,6 +268,8 @@ class _Clustered(ReplayBuffer):
         if type(self)._get_samples in ROW_BY_ROW and not self.optimize_memory_usage:
             return self._as_one(lambda part: part.reshape(-1, 1, *part.shape[2:]))._get_samples(rows, env=env)
         positions, environments = np.divmod(rows, self.n_envs)
+        if type(self)._get_samples in INDEXED:
+            return self._as_one(lambda held: AtEnvironments(held, environments))._get_samples(positions, env=env)
         order, samples = [], []
         for e in np.unique(environments):
             places = np.flatnonzero(environments == e)
@@ -274,8 +277,8 @@ class _Clustered(ReplayBuffer):
             samples.append(self._as_one(itemgetter(np.s_[:, e : e + 1]))._get_samples(positions[places], env=env))
         return picked(joined(samples), np.argsort(np.concatenate(order)))
 
-    def _as_one(self, shown: Callable[[np.ndarray], np.ndarray]) -> Any:
-        """A buffer of one environment, whose arrays are views of the own ones."""
+    def _as_one(self, shown: Callable[[np.ndarray], Any]) -> Any:
+        """A buffer of one environment, whose arrays show the own ones."""
         one = copy.copy(self)
         one.n_envs = 1
         for name in ("observations", "next_observations", "actions", "rewards", "dones", "timeouts"):

@@ -140,6 +140,29 @@ def transitions_of_samples(samples: Any) -> Transitions:
     )
 
 
+class AtEnvironments:
+    """An array [positions, environments, ...], read at an environment of each sample, whichever the reader asks for.
+
+    Args:
+        held: the array.
+        environments: of each sample, [B].
+    """
+
+    def __init__(self, held: np.ndarray, environments: np.ndarray) -> None:
+        self.held = held
+        self.environments = environments
+
+    def __getitem__(self, key: Any) -> Any:
+        if not isinstance(key, tuple):
+            return self.held[key]
+        positions, asked, *rest = key
+        place = (positions, self.environments.reshape(np.shape(asked)), *rest)
+        return self.held[place]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.held[key] = value
+
+
 def joined(parts: list[Any]) -> Any:
     """Samples one behind the other."""
     return _each_field(lambda *values: torch.cat(values), parts)

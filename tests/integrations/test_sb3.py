@@ -397,6 +397,27 @@ def test_rows_are_read_as_the_host_reads_them(n_envs: int, optimize: bool, norma
             assert not any((raw - row).abs().max(dim=1).values.min() < 1e-4 for row in gone)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_n_steps_of_several_environments_are_read_as_those_of_each(
+    normalize: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env: Any = DummyVecEnv([Toy for _ in range(4)])
+    env = VecNormalize(env) if normalize else env
+    model = clustered(SAC, env, cls=ClusteredNStepReplayBuffer, buffer={"n_steps": 3}, buffer_size=80)
+    model.learn(200, callback=C4Callback())
+    buffer = model.replay_buffer
+    assert buffer.full
+    rows = np.random.default_rng(0).permutation(80)
+    timeouts = buffer.timeouts.copy()
+    found = buffer._samples(rows, env if normalize else None)
+    np.testing.assert_array_equal(buffer.timeouts, timeouts)
+    monkeypatch.setattr(c4buffer.integrations.sb3.buffers, "INDEXED", ())  # one environment after the other
+    expected = buffer._samples(rows, env if normalize else None)
+    for one, other in zip(found, expected):
+        assert torch.equal(one, other)
+    assert len({float(discount) for discount in found.discounts}) > 1
+
+
 def test_dictionaries_of_several_environments_are_read_as_they_were_stored() -> None:
     env = DummyVecEnv([lambda: Toy("dict")] * 4)
     model = clustered(SAC, env, cls=ClusteredDictReplayBuffer, policy="MultiInputPolicy", buffer_size=80)
