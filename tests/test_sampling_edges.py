@@ -125,6 +125,12 @@ DAMAGES: dict[str, tuple[dict[str, Any], Any, str]] = {
     "walks elsewhere": (WALKS, lambda s: s["partition"].update(walks=[torch.tensor([40])] * 2), "walks"),
     "not numbers": ({}, lambda s: s["partition"]["r"].fill_(torch.nan), "r"),
     "responsibilities above one": ({}, lambda s: s["partition"]["r"].fill_(1.5), "r"),
+    "dissolved clusters that are not there": (
+        {},
+        lambda s: s["dissolved"].append({"ids": torch.tensor([7])}),
+        "dissolved",
+    ),
+    "a count below zero": ({}, lambda s: s.update(drawn=-1), "drawn"),
     "labels": (WALKS, lambda s: s["partition"].update(labels=torch.full((40,), 2)), "labels"),
     "labels below": (WALKS, lambda s: s["partition"].update(labels=torch.full((40,), -2)), "labels"),
     "block": ({}, lambda s: s.update(block="many"), "block"),
