@@ -92,7 +92,7 @@ def measure_sample(rows: int) -> dict[str, float]:
     uniform = microseconds_a_call(lambda: buffer.sample(256))
     generator = torch.Generator().manual_seed(0)
     r = torch.rand(rows, K, generator=generator)
-    buffer._sampler.assign(r / r.sum(dim=1, keepdim=True))
+    buffer._rows.sampler.assign(r / r.sum(dim=1, keepdim=True))
     return {"uniform us": uniform, "clustered us": microseconds_a_call(lambda: buffer.sample(256))}
 
 
