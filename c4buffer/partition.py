@@ -26,7 +26,7 @@ class Partition:
 
     def __init__(self, r: Tensor, ids: Tensor, distances: Tensor | None, *, p: Tensor | None = None) -> None:
         self._r: Tensor | None = r
-        self._distances = distances
+        self.distances = distances
         self._begin(ids, p)
         self._count()
 
@@ -57,11 +57,11 @@ class Partition:
 
     def nearest(self, rows: Tensor) -> Tensor | None:
         """The cluster whose mean is nearest to each of some rows, [M]; None where no distances are known."""
-        return None if self._distances is None else self._distances[:, rows].argmin(dim=0)
+        return None if self.distances is None else self.distances[:, rows].argmin(dim=0)
 
     def state(self, size: int) -> dict[str, Any]:
         """All that drawing depends on, for a checkpoint of `size` rows."""
-        return {"r": self.r[:, :size], "distances": self._distances, **self._state(size)}
+        return {"r": self.r[:, :size], "distances": self.distances, **self._state(size)}
 
     def _state(self, size: int) -> dict[str, Any]:
         return {
@@ -225,10 +225,6 @@ class Partition:
         else:
             self._changed()
 
-    def without(self, z: int) -> Less:
-        """The partition with cluster z dropped and the others renormalised."""
-        return Less(self, all_but(z, len(self.ids)))
-
     def with_tails(self, numbers: Tensor, times: Tensor, clusters: Tensor) -> Partition:
         """Hard clusters, each with the rest of each trajectory after its last member; rows since then are unassigned.
 
@@ -250,85 +246,6 @@ class Partition:
         return Partition(members, self.ids, None, p=self.p)
 
 
-class Less(Partition):
-    """A partition with some clusters dropped and the others renormalised: r_iw / sum_v r_iv over those kept.
-
-    A row that no kept cluster explains goes to the nearest kept mean; it is unassigned where no distances are known.
-    Read from the whole partition as it is asked for; `r`, all of it, is made once rows are drawn from it.
-
-    Args:
-        whole: with all clusters.
-        keep: those that stay, [K].
-    """
-
-    def __init__(self, whole: Partition, keep: Tensor) -> None:
-        self._whole = whole
-        self._keep = keep
-        self._r = None
-        p = whole.p[keep]
-        self._begin(whole.ids[keep], p / p.sum() if bool(p.any()) else (p + 1) / len(p))
-        self._count()
-
-    @classmethod
-    def of_state(cls, whole: Partition, state: dict[str, Any], size: int) -> Less:
-        """What `state` gave for `size` rows, of a partition that was restored before; ValueError as there."""
-        keep = torch.isin(whole.ids, state["ids"]).nonzero().squeeze(1)
-        if not torch.equal(whole.ids[keep], state["ids"]):
-            fail("dissolved", f"clusters among {whole.ids.tolist()}", state["ids"].tolist())
-        less = cls(whole, keep)
-        less._restore(state, size)
-        return less
-
-    def without(self, z: int) -> Less:
-        """The whole partition with one cluster less."""
-        return Less(self._whole, self._keep[all_but(z, len(self.ids))])
-
-    @property
-    def r(self) -> Tensor:
-        if self._r is None:
-            made = torch.empty(len(self._keep), self.room, dtype=self.dtype, device="cpu")
-            for start in range(0, self.room, BLOCK_ROWS):
-                block = slice(start, start + BLOCK_ROWS)
-                made[:, block] = self.of(block)
-            self._r = made
-        return self._r
-
-    @property
-    def room(self) -> int:
-        return self._whole.room
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._whole.dtype
-
-    def of(self, rows: slice | Tensor) -> Tensor:
-        if self._r is not None:
-            return self._r[:, rows]
-        known = self._whole.of(rows)[self._keep]
-        unassigned = known[0] < 0
-        weights = known.double().clamp_(min=0)  # what is left of r may be tiny, but a float64 divides it
-        mass = weights[0].clone()
-        for part in weights[1:]:
-            mass += part  # in one order, however many rows are asked for
-        left = (weights / mass).to(known.dtype)
-        lost = ((mass == 0) & ~unassigned).nonzero().squeeze(1)
-        if len(lost):
-            nearest = self.nearest(rows[lost] if isinstance(rows, Tensor) else (rows.start or 0) + lost)
-            left[:, lost] = UNASSIGNED
-            if nearest is not None:
-                left[:, lost] = torch.nn.functional.one_hot(nearest, len(left)).T.to(left.dtype)
-        left[:, unassigned] = UNASSIGNED
-        return left
-
-    def nearest(self, rows: Tensor) -> Tensor | None:
-        distances = self._whole._distances
-        return None if distances is None else distances[:, rows][self._keep].argmin(dim=0)
-
-    def state(self, size: int) -> dict[str, Any]:
-        """All but the responsibilities, which are the whole partition's."""
-        return self._state(size)
-
-
 def forget(partitions: Iterable[Partition], rows: Tensor) -> None:
     """Rows (distinct) become unassigned, in a partition and in those with fewer clusters at once."""
     family = [part for each in partitions for part in (each, each.tailed) if part is not None]
@@ -337,12 +254,6 @@ def forget(partitions: Iterable[Partition], rows: Tensor) -> None:
         part.erase(rows)
     for part, old in zip(family, before):
         part.subtract(old)
-
-
-def all_but(z: int, clusters: int) -> Tensor:
-    """The numbers of the other clusters, in order."""
-    numbers = torch.arange(clusters, device="cpu")
-    return numbers[numbers != z]
 
 
 def _own(value: Any) -> Any:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ._checks import check_integer, fail
+from .dissolved import Less
 from .drawing import rows_of_clusters, uniform_rows, uniforms
-from .partition import BLOCK_ROWS, Less, Partition, all_but, check_responsibilities, check_rows, forget
+from .partition import BLOCK_ROWS, Partition, check_responsibilities, check_rows, forget
 
 BLOCK_INDICES = 1 << 14  # drawn ahead at most, and at most BLOCK_BATCHES batches
 BLOCK_BATCHES = 64
@@ -252,10 +253,12 @@ class SingleClusterSampler:
 
     def _without(self, partition: Partition, z: int) -> Less:
         """The partition without its z-th cluster, made once and then kept in step with it."""
-        kept = all_but(z, len(partition.ids))
+        kept = (torch.arange(len(partition.ids), device="cpu") != z).nonzero().squeeze(1)
         ids = tuple(partition.ids[kept].tolist())
         if ids not in self._dissolved:
-            less = self._dissolved[ids] = partition.without(z)
+            whole = self._clustered()
+            keep = torch.isin(whole.ids, partition.ids[kept]).nonzero().squeeze(1)
+            less = self._dissolved[ids] = Less(whole, keep)
             if partition.labels is not None:
                 less.labels = torch.searchsorted(kept, partition.labels)
                 self._label(less, (partition.labels == z).nonzero().squeeze(1))

@@ -314,7 +314,7 @@ def test_networks_put_into_a_critic_later_are_evaluated_too() -> None:
 
 
 def test_logs_and_memories_of_an_agent_are_not_searched_for_networks(make_critic: Any) -> None:
-    class Log(list):  # type: ignore[type-arg]
+    class Log(list[Any]):
         def __iter__(self) -> Any:
             raise AssertionError("looked into")
 

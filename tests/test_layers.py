@@ -50,6 +50,7 @@ LAYERS = {
     "stacking": 1,
     "expectation": 1,
     "partition": 1,
+    "dissolved": 1,
     "storage": 1,
     "mixture": 1,
     "losses.value_ensemble": 1,

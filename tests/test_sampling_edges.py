@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from c4buffer import SingleClusterSampler, partition, sampling
+from c4buffer import SingleClusterSampler, dissolved, partition, sampling
 
 
 def sampler_of(r: Tensor, *, distances: Tensor | None = None, **options: Any) -> SingleClusterSampler:
@@ -34,7 +34,7 @@ def test_rows_in_blocks_are_dissolved_as_those_at_once(assignment: str, monkeypa
 
     expected = found()
     assert len({len(ids) for ids in expected[2::3]}) >= 3
-    for module in (partition, sampling):
+    for module in (dissolved, partition, sampling):
         monkeypatch.setattr(module, "BLOCK_ROWS", 7)
     for one, other in zip(found(), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-14, atol=0)

@@ -95,7 +95,7 @@ def test_a_setting_of_the_algorithm_is_not_set_on_c4s_config() -> None:
     with pytest.raises(ValueError, match=r"^config.alpha: expected a field of C4Config; .* on config.base"):
         config.alpha = 1.0
     with pytest.raises(AttributeError, match=r"no attribute 'alpha'; the algorithm's own fields are config.base's"):
-        config.alpha  # noqa: B018
+        _ = config.alpha
     config.base.alpha = 1.0
     config.batch_size = 7
     assert config.base.batch_size == 7
