@@ -138,8 +138,9 @@ GRIDS = {
             "walker2d-medium-expert",
             "walker2d-medium-replay",
         ),
-        # of the first grid the best form of C4, and the best of all; of the search the best form on medium-expert
-        arms=("plain", "penalty", "layer-norm", "correlation-1"),
+        # of the first grid the best form of C4, and the best of all; of the search the best form on medium-expert,
+        # and the one that gained there and lost nothing clear on medium-replay
+        arms=("plain", "penalty", "layer-norm", "correlation-1", "correlation"),
         seeds=(3, 4, 5),
         updates=100_000,
         evaluate_every=5_000,
