@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from operator import itemgetter
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from c4buffer.reduction import reduced
 from .reading import AtEnvironments, joined, picked, transitions_of_samples
 
 GOAL_KEYS = {"observation", "achieved_goal", "desired_goal"}
-LIVE = {"_critics": None, "_sampler": None, "_batch": None, "_clusterer": None}  # while bound; never copied or pickled
+LIVE = {"_critics": None, "_network": None, "_sampler": None, "_batch": None, "_clusterer": None}  # never copied
 ROW_BY_ROW = (ReplayBuffer._get_samples, DictReplayBuffer._get_samples)
 INDEXED = (*ROW_BY_ROW, NStepReplayBuffer._get_samples)  # by positions and environments, whatever they read
 TRIES = 8  # to find rows of a cluster that can be sampled, before all are looked at
@@ -36,13 +37,14 @@ class _Clustered(ReplayBuffer):
     Args:
         n_clusters: K. With one, batches are the host's own. "auto": at each clustering the K of the lowest BIC.
         embedding: what is clustered, "gradients" or "features".
-        refresh_interval: batches between clusterings. None: max(1000, N // 10).
+        refresh_interval: batches between clusterings, over the ends of `learn`s too. None: max(1000, N // 10).
         assignment: "soft" or "hard".
         replacement: within a cluster. Without it, batches are the host's own until there are rows for one.
         c4_seed: of the buffer's own generator. None: the model's seed, or torch's initial one.
     """
 
     _critics: Critics | None
+    _network: weakref.ref[Any] | None  # of the critics that rows were clustered by
     _sampler: SingleClusterSampler | None
     _batch: Any
     _clusterer: ReducedClusterer
@@ -96,7 +98,7 @@ class _Clustered(ReplayBuffer):
             fail("observation_space", expected, repr(space))
 
     def bind(self, critics: Critics, *, seed: int | None = None) -> None:
-        """From now on, cluster by these critics, first with the next batch. Another binding is forgotten.
+        """From now on, cluster by these critics; clusters by the networks of the last binding stay until they are due.
 
         Args:
             critics: as `critics_of(model)` gives them.
@@ -105,18 +107,15 @@ class _Clustered(ReplayBuffer):
         if self._generator is None:  # another binding goes on with the random numbers of the last one
             seed = self.c4_seed if self.c4_seed is not None else seed
             self._generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
-        self._critics = critics
-        self.c4_metrics = {}
-        self._sampler = SingleClusterSampler(
-            generator=self._generator, assignment=self.assignment, replacement=self.replacement
-        )
-        self._sampler.extend(self._stored_rows())
-        self._clusterer = reduced(None, self.n_clusters, generator=self._generator)
-        self._since_refresh = 0
+        network = next(iter(critics.modules), None)
+        known = network is not None and self._network is not None and self._network() is network
+        self._critics, self._network = critics, None if network is None else weakref.ref(network)
+        if not known or self._sampler is None or self._sampler.size != self._stored_rows():
+            self.forget_clusters()
 
     def unbind(self) -> None:
-        """Sample uniformly again, and hold nothing of the model."""
-        vars(self).update(LIVE)
+        """Sample uniformly again, and hold nothing of the model but its clusters."""
+        self._critics = self._batch = None
         self.cluster = -1
 
     def is_bound_to(self, critics: Critics) -> bool:
@@ -124,9 +123,17 @@ class _Clustered(ReplayBuffer):
         return self._critics is critics
 
     def forget_clusters(self) -> None:
-        """While bound: cluster anew with the next batch, as after other rows have been put in than by `add`."""
+        """While bound, cluster anew with the next batch, as after other rows have been put in than by `add`."""
+        self.c4_metrics = {}
+        self._since_refresh = 0
+        self._sampler = None
         if self._critics is not None:
-            self.bind(self._critics)
+            assert self._generator is not None
+            self._sampler = SingleClusterSampler(
+                generator=self._generator, assignment=self.assignment, replacement=self.replacement
+            )
+            self._sampler.extend(self._stored_rows())
+            self._clusterer = reduced(None, self.n_clusters, generator=self._generator)
 
     def take_batch(self) -> Any:
         """What `sample` gave last, while bound, once; for the penalty."""
@@ -136,7 +143,7 @@ class _Clustered(ReplayBuffer):
     @property
     def probabilities(self) -> torch.Tensor:
         """p_z, [K]: the shares of the clusters."""
-        if self._sampler is None or not self._sampler.clustered:
+        if self._critics is None or self._sampler is None or not self._sampler.clustered:
             fail("probabilities", "a bound buffer that has been clustered", "one without clusters")
         return self._sampler.probabilities
 
@@ -152,7 +159,7 @@ class _Clustered(ReplayBuffer):
 
     def sample(self, batch_size: int, env: Any = None) -> Any:
         """`batch_size` rows of one cluster, once there are clusters; the host's own rows before, and with K = 1."""
-        if self._sampler is None:
+        if self._critics is None or self._sampler is None:
             self._warn_once()
             return super().sample(batch_size, env=env)
         rows = self._stored_rows()
@@ -278,16 +285,18 @@ class _Clustered(ReplayBuffer):
         return picked(joined(samples), np.argsort(np.concatenate(order)))
 
     def _as_one(self, shown: Callable[[np.ndarray], Any]) -> Any:
-        """A buffer of one environment, whose arrays show the own ones."""
+        """A buffer of one environment, whose arrays show the own ones, those of a subclass too."""
         one = copy.copy(self)
         one.n_envs = 1
-        for name in ("observations", "next_observations", "actions", "rewards", "dones", "timeouts"):
-            held = getattr(self, name, None)
-            if isinstance(held, dict):
-                setattr(one, name, {key: shown(part) for key, part in held.items()})
-            elif held is not None:
+        for name, held in vars(self).items():
+            if isinstance(held, dict) and any(map(self._has_rows, held.values())):
+                setattr(one, name, {k: shown(part) if self._has_rows(part) else part for k, part in held.items()})
+            elif self._has_rows(held):
                 setattr(one, name, shown(held))
         return one
+
+    def _has_rows(self, held: Any) -> bool:
+        return isinstance(held, np.ndarray) and held.shape[:2] == (self.buffer_size, self.n_envs)
 
     def _warn_once(self) -> None:
         if not self._warned and self.n_clusters != 1:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback, EventCallback
 from stable_baselines3.common.type_aliases import RolloutReturn
 
 from c4buffer import CovariancePenalty
@@ -18,6 +17,7 @@ from c4buffer._checks import check_integer, fail
 
 from .buffers import _Clustered
 from .reading import critics_of, optimizer_of, transitions_of_samples
+from .worn import Worn, worn_over
 
 ATTACHED: weakref.WeakKeyDictionary[Any, _Attachment] = weakref.WeakKeyDictionary()
 
@@ -44,6 +44,13 @@ class C4Callback(BaseCallback):
         self.penalty_every = check_integer("penalty_every", penalty_every, minimum=1)
 
     def _on_training_start(self) -> None:
+        if isinstance(self.parent, EventCallback):
+            expected = "C4Callback itself, or a list with it: others do not pass the end of the training on"
+            fail("callback", expected, f"one inside {type(self.parent).__name__}")
+        attachment = ATTACHED.get(self.model)
+        if attachment is not None and attachment.for_learn:
+            end_of_learn(self.model)
+            fail("callback", "one C4Callback in a learn (the sum of two penalties is a penalty)", "two")
         attach(self.model, self.penalty, self.penalty_every, for_learn=True)
 
     def _on_step(self) -> bool:
@@ -54,7 +61,7 @@ class C4Callback(BaseCallback):
         return True
 
     def _on_training_end(self) -> None:
-        detach(self.model)
+        end_of_learn(self.model)
 
 
 @contextmanager
@@ -81,7 +88,9 @@ def _checked_penalty(penalty: Any) -> Any:
 
 
 def attach(model: Any, penalty: Any, penalty_every: int, *, for_learn: bool = False) -> None:
-    """Bind the buffer and arm the optimizer; what was attached to the model before, and left, is taken off first.
+    """Bind the buffer and arm the optimizer, for as long as `detach` is not called.
+
+    Until then it takes the place of what a `with` around it has attached; what a `learn` has left is taken off first.
 
     `for_learn`: until the running `learn` ends, or the next begins.
     """
@@ -93,18 +102,24 @@ def attach(model: Any, penalty: Any, penalty_every: int, *, for_learn: bool = Fa
         own, buffers = getattr(model, name), getattr(model.replay_buffer, name)
         if own != buffers:
             fail("model", f"a replay buffer of its own {name}, {own}", str(buffers))
-    detach(model)
-    ATTACHED[model] = _Attachment(model, critics, penalty, penalty_every, for_learn=for_learn)
+    end_of_learn(model)
+    around = ATTACHED.get(model)
+    if around is not None:
+        around.remove()
+    ATTACHED[model] = _Attachment(model, critics, penalty, penalty_every, for_learn=for_learn, around=around)
     online: Any = type(model)
     if not issubclass(online, _Watched):
-        model.__class__ = _watched_class(online)
+        model.__class__ = worn_over(_Watched, online)
 
 
 def detach(model: Any) -> None:
-    """Leave the model as it was."""
+    """Leave the model as it was before the last `attach`."""
     attachment = ATTACHED.pop(model, None)
     if attachment is not None:
         attachment.remove()
+        if attachment.around is not None:
+            ATTACHED[model] = attachment.around.anew(model)
+            return
     if type(model).__bases__[0] is _Watched:
         model.__class__ = type(model).__bases__[1]
 
@@ -116,8 +131,8 @@ def end_of_learn(model: Any) -> None:
         detach(model)
 
 
-class _Watched(OffPolicyAlgorithm):
-    """Takes everything off when an exception leaves the model's own code: then no callback hears of an end.
+class _Watched(Worn):
+    """Takes off what a `learn` has attached when an exception leaves the model's own code: no callback hears of it.
 
     What the exception of another callback has left is taken off when the next `learn` begins.
     """
@@ -135,8 +150,11 @@ class _Watched(OffPolicyAlgorithm):
         with _taken_off_by_exceptions(self):
             attachment = ATTACHED.get(self)
             if attachment is not None and attachment.is_of_another(self):
-                attach(self, attachment.penalty, attachment.every, for_learn=attachment.for_learn)
+                attachment.remove()
+                attachment = ATTACHED[self] = attachment.anew(self)
             super().train(*arguments, **options)
+            if attachment is not None:
+                attachment.check_heard()
 
 
 @contextmanager
@@ -144,28 +162,34 @@ def _taken_off_by_exceptions(model: Any) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        detach(model)
+        end_of_learn(model)
         raise
 
 
-@functools.cache
-def _watched_class(base: Any) -> type:
-    return type(base.__name__, (_Watched, base), {"__module__": base.__module__})
-
-
 class _Attachment:
-    """What is put into one model for a time."""
+    """What is put into one model for a time, in place of what is `around`."""
 
-    def __init__(self, model: Any, critics: Any, penalty: Any, penalty_every: int, *, for_learn: bool) -> None:
-        self.critics, self.penalty, self.every, self.for_learn = critics, penalty, penalty_every, for_learn
+    def __init__(
+        self,
+        model: Any,
+        critics: Any,
+        penalty: Any,
+        penalty_every: int,
+        *,
+        for_learn: bool,
+        around: _Attachment | None,
+    ) -> None:
+        self.critics, self.penalty, self.every = critics, penalty, penalty_every
+        self.for_learn, self.around = for_learn, around
         self.buffer: Any = model.replay_buffer
         self.optimizer = optimizer_of(model)
         self.shared = _shared_parameters(model)
         self.before: Any = None
         self.steps = 0
+        self.warned = False
         self.last_penalty: torch.Tensor | None = None
         self.buffer.bind(critics, seed=model.seed)
-        if penalty is not None and getattr(penalty, "weight", 1) > 0:
+        if penalty is not None:
             self.before = vars(self.optimizer).get("zero_grad")
             clear: Callable[..., None] = self.optimizer.zero_grad
             self.optimizer.zero_grad = lambda *a, **k: self._cleared(clear, *a, **k)  # type: ignore[method-assign]
@@ -176,7 +200,7 @@ class _Attachment:
         if batch is None:  # cleared once more, without a new batch
             return
         due, self.steps = self.steps % self.every == 0, self.steps + 1
-        if not due:
+        if not due or getattr(self.penalty, "weight", 1) == 0:
             return
         parameters = [
             parameter
@@ -186,6 +210,8 @@ class _Attachment:
         ]
         penalty = self.penalty(self.critics, transitions_of_samples(batch))
         self.last_penalty = penalty.detach()
+        if not penalty.requires_grad:  # nothing that learns is in it, as behind a frozen feature extractor
+            return
         for parameter, gradient in zip(parameters, _gradients(self.every * penalty, parameters)):
             if gradient is not None and parameter.grad is None:
                 parameter.grad = torch.empty_like(parameter).copy_(gradient)  # in the parameter's own layout
@@ -196,6 +222,21 @@ class _Attachment:
         """Whether the model has another buffer or optimizer by now, or another model has bound its buffer."""
         replaced = model.replay_buffer is not self.buffer or optimizer_of(model) is not self.optimizer
         return replaced or not self.buffer.is_bound_to(self.critics)
+
+    def anew(self, model: Any) -> _Attachment:
+        """The same for what the model has now; this one must have been removed."""
+        critics = critics_of(model)
+        return _Attachment(model, critics, self.penalty, self.every, for_learn=self.for_learn, around=self.around)
+
+    def check_heard(self) -> None:
+        """After a `train`: a UserWarning, once, where no penalty could be added."""
+        if self.penalty is not None and self.steps == 0 and not self.warned and self.buffer.take_batch() is not None:
+            self.warned = True
+            warnings.warn(
+                "no penalty is added: train draws batches, but does not clear gradients by the zero_grad of the "
+                "critic's optimizer",
+                stacklevel=4,
+            )
 
     def metrics(self) -> dict[str, float]:
         """Of the last refresh and the last penalty."""

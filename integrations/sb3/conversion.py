@@ -67,7 +67,8 @@ def fill_replay_buffer(model: Any, transitions: Transitions) -> None:
         got = f"{type(model).__name__} with {'none' if buffer is None else type(buffer).__name__}"
         fail("model", "one with a replay buffer of transitions, without hindsight", got)
     if buffer.n_envs != 1 or buffer.optimize_memory_usage:
-        fail("model", "one environment and optimize_memory_usage=False", "another setting")
+        got = f"{buffer.n_envs}, and {buffer.optimize_memory_usage}"
+        fail("model", "one environment, and optimize_memory_usage=False", got)
     if not isinstance(transitions, Transitions):
         fail("transitions", "Transitions, as load_d4rl(path) gives them", type(transitions).__name__)
     rows = len(transitions)

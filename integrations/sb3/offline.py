@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from c4buffer._checks import check_integer, fail
 
 from .callback import end_of_learn
 from .conversion import fill_replay_buffer
+from .worn import Worn, worn_over
 
 LOGGED_EVERY = 1000  # timesteps; the host logs at the ends of episodes, of which there are none
 
@@ -23,8 +23,9 @@ def learn_offline(
 ) -> Any:
     """Train on transitions alone: SB3's `learn`, but that no environment is stepped. Returns the model.
 
-    A timestep is one gradient step. Callbacks, evaluations, checkpoints, the progress bar and schedules see these as
-    they see an environment's. What the replay buffer held is replaced by the transitions.
+    A timestep is one gradient step; they come in rounds of the model's `gradient_steps`, as in SB3. Callbacks,
+    evaluations, checkpoints, the progress bar and schedules see these as they see an environment's. What the replay
+    buffer held is replaced by the transitions.
 
     Args:
         model: an off-policy model with one environment, whose spaces are those of the data; beyond them, only its
@@ -34,8 +35,8 @@ def learn_offline(
         callback, progress_bar: as in `learn`.
 
     Raises:
-        ValueError: for a model that has no replay buffer or several environments, and for transitions of other spaces
-            or more than the buffer holds; the buffer is unchanged then.
+        ValueError: for a model that has no replay buffer, several environments or no gradient steps, and for
+            transitions of other spaces or more than the buffer holds; the buffer is unchanged then.
 
     .. code-block:: python
 
@@ -49,12 +50,13 @@ def learn_offline(
         fail("model", "one with an environment, for its spaces and its reset (model.set_env)", "one without")
     normalizing: Any = model.get_vec_normalize_env()
     if normalizing is not None and _seen(normalizing) < 1:
-        fail(
-            "model", "a VecNormalize with statistics, loaded or from steps taken, or none", "one that has seen nothing"
-        )
+        expected = "a VecNormalize with statistics, loaded or from steps taken (by their `count`), or none"
+        fail("model", expected, f"one of {_seen(normalizing):g} observations")
+    if model.gradient_steps == 0:
+        fail("model", "gradient_steps of at least 1, or -1 for one", 0)
     fill_replay_buffer(model, transitions)
     online = type(model)
-    model.__class__ = _offline_class(online)
+    model.__class__ = worn_over(_Offline, online)
     try:
         return model.learn(total_timesteps, callback=callback, progress_bar=progress_bar)
     finally:
@@ -69,15 +71,11 @@ def _seen(normalizing: Any) -> float:
     return float(statistics.count)
 
 
-class _Offline(OffPolicyAlgorithm):
+class _Offline(Worn):
     """Steps no environment: the timestep counter, callbacks and schedules go on."""
 
-    learning_starts: Any = property(lambda self: 0)  # what the model has stays, and is what checkpoints hold
-
-    @classmethod
-    def load(cls, *arguments: Any, **options: Any) -> Any:
-        """A model that steps its environment, as the one that was saved."""
-        return cls.__bases__[1].load(*arguments, **options)  # type: ignore[attr-defined]
+    # read as 0; what the model has stays, may be set, and is what checkpoints hold
+    learning_starts: Any = property(lambda self: 0, lambda self, value: vars(self).update(learning_starts=value))
 
     def _setup_learn(self, *arguments: Any, **options: Any) -> Any:
         """The host's, whose reset of the environment moves no statistics here."""
@@ -106,8 +104,3 @@ class _Offline(OffPolicyAlgorithm):
                 self.dump_logs()
         callback.on_rollout_end()
         return RolloutReturn(1, 0, continue_training=True)
-
-
-@functools.cache
-def _offline_class(online: Any) -> type:
-    return type(online.__name__, (_Offline, online), {"__module__": online.__module__})

@@ -271,7 +271,7 @@ def test_nothing_is_left_behind() -> None:
         with pytest.raises(KeyboardInterrupt):
             learn(40, callback=[C4Callback(penalty), Stop()])
         assert "zero_grad" not in vars(optimizer)
-        assert model.replay_buffer._sampler is None
+        assert model.replay_buffer._critics is None
         assert type(model) is SAC
     with attached(model):  # and within a binding there may be another
         learn_offline(model, transitions_of(model), 3, callback=C4Callback(penalty))
@@ -288,14 +288,14 @@ def test_nothing_is_left_behind() -> None:
         learn_offline(model, transitions_of(model), 5, callback=[C4Callback(penalty), Refuse()])
     assert type(model) is SAC
     assert "zero_grad" not in vars(optimizer)
-    assert model.replay_buffer._sampler is None
+    assert model.replay_buffer._critics is None
     with pytest.raises(KeyboardInterrupt):
         model.learn(40, callback=[C4Callback(penalty), Refuse()])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         learn_offline(model, transitions_of(model), 3)  # without C4
     assert type(model) is SAC
-    assert model.replay_buffer._sampler is None
+    assert model.replay_buffer._critics is None
     with pytest.raises(KeyboardInterrupt):
         model.learn(40, callback=[C4Callback(penalty), Refuse()])
     with warnings.catch_warnings():
@@ -303,7 +303,7 @@ def test_nothing_is_left_behind() -> None:
         model.learn(40)  # without C4
     assert type(model) is SAC
     assert "zero_grad" not in vars(optimizer)
-    assert model.replay_buffer._sampler is None
+    assert model.replay_buffer._critics is None
 
     def failing(*_: Any) -> Any:
         raise RuntimeError
@@ -326,7 +326,7 @@ def test_each_of_two_models_with_one_buffer_clusters_by_its_own_critics() -> Non
                 assert len(buffer.probabilities) == 3
         models[0].train(gradient_steps=2, batch_size=16)
         assert buffer.is_bound_to(ATTACHED[models[0]].critics)
-    assert buffer._sampler is None
+    assert buffer._critics is None
 
 
 def test_the_penalty_is_put_on_every_kth_step() -> None:
