@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import pickle
 from collections.abc import Iterator
 from functools import partial
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -46,7 +48,8 @@ class ClusteredReplayBuffer:
             `(critics, transitions) -> [N, E]`.
         refresh: when to cluster again: `Every(n)` or any `(step, buffer) -> bool`. None: max(1000, N // 10) batches
             after the last refresh, N being the transitions held then; the first as soon as critics are attached.
-        clusterer: how to cluster. None: `MixtureClusterer(n_clusters, warm_start=False)`.
+        clusterer: how to cluster. None: `MixtureClusterer(n_clusters, warm_start=False)`. One serves one buffer, as it
+            keeps what it found last.
         max_dim: embeddings of more columns are reduced to so many before they are clustered (see `ReducedClusterer`);
             those of more than 8,192, as gradients by pixels, are projected as soon as they are computed.
         reduction: how: "projection" (random directions) or "pca".
@@ -82,6 +85,7 @@ class ClusteredReplayBuffer:
     torch.Size([32, 3])
     """
 
+    @outside_inference_mode
     def __init__(
         self,
         capacity: int,
@@ -138,6 +142,7 @@ class ClusteredReplayBuffer:
         if n_steps > 1 or frame_stack > 1:
             self._windows = Windows(self._storage, n_steps=n_steps, discount=discount, frame_stack=frame_stack)
         self._critics: Critics | None = None
+        self._taken_in = 0  # rows ever written that all parts have heard of
         self._last_rows: dict[int, int] = {}  # of each environment: its last row, while that waits for its next action
         self._options = {
             "capacity": capacity,
@@ -156,6 +161,10 @@ class ClusteredReplayBuffer:
             "storage": storage,
             "growing": self._growing,
         }
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        ForkingPickler.register(cls, _in_bytes)
 
     def _new_storage(self, storage: str) -> RingStorage:
         device = self.device if storage == "device" else torch.device("cpu")
@@ -191,18 +200,36 @@ class ClusteredReplayBuffer:
         slots = self._write(transitions)
         for follower in self._followers():
             follower.extend(slots, (transitions.terminals + transitions.timeouts).cpu() > 0)
+        self._taken_in = self._storage.written
 
     def _write(self, transitions: Transitions) -> Tensor:
+        self._catch_up()
         if self._windows is not None:
             self._windows.check(transitions)
-        before = len(self)
         slots = self._storage.write(transitions)
-        overwritten = slots[slots < before]
-        if len(overwritten):
-            self._rows.sampler.overwrite(overwritten)
-        if len(self) > before:
-            self._rows.sampler.extend(len(self) - before)
+        self._recluster(slots)
         return slots
+
+    def _recluster(self, slots: Tensor) -> None:
+        """Rows were written there."""
+        sampler = self._rows.sampler
+        overwritten = slots[slots < sampler.size]
+        if len(overwritten):
+            sampler.overwrite(overwritten)
+        if len(self) > sampler.size:
+            sampler.extend(len(self) - sampler.size)
+
+    def _catch_up(self) -> None:
+        """After an interrupt in the middle of an addition: what was written is held, next to nothing."""
+        written = self._storage.written
+        if self._taken_in == written:
+            return
+        missed = torch.arange(max(self._taken_in, written - self.capacity), written, device="cpu") % self.capacity
+        self._recluster(missed)
+        for follower in self._followers():
+            follower.catch_up(missed, written)
+        self._last_rows = {}
+        self._taken_in = written
 
     @outside_inference_mode
     def add(
@@ -217,7 +244,7 @@ class ClusteredReplayBuffer:
         """Append one step: of one environment (scalar reward), or of E environments (a leading axis E on everything).
 
         The next action of each row is the action that its environment takes in the step after; a terminal, a timeout
-        and the newest row have none. Floats that are not tensors come in torch's default dtype, and all are cast to the
+        and the newest row have none. What is float64 and no tensor comes in torch's default dtype; all are cast to the
         dtypes of the transitions held.
         """
         step = step_of(observations, actions, rewards, next_observations, terminals, timeouts)
@@ -232,6 +259,7 @@ class ClusteredReplayBuffer:
         for follower in self._followers():
             follower.add(slots, done)
         self._last_rows = {e: first + e for e in range(len(step)) if not done[e]}
+        self._taken_in = self._storage.written
 
     def attach(self, critics: Critics) -> None:
         """From now on, `sample` re-clusters by these critics when the refresh policy says so."""
@@ -242,8 +270,10 @@ class ClusteredReplayBuffer:
         """A batch of copies, [batch_size, ...] on `device`, from one cluster.
 
         Raises:
-            ValueError: from an empty buffer, or for more than it holds when drawing without replacement.
+            ValueError: from an empty buffer, or for more than it holds when drawing without replacement; and where
+                `refresh` raises, when one is due: with fewer transitions than clusters.
         """
+        self._catch_up()
         batch_size = self._rows.sampler.check(batch_size)
         if self._critics is not None and self._rows.due(self):
             self.refresh()
@@ -291,6 +321,7 @@ class ClusteredReplayBuffer:
                 return a wrong shape or a value that is not finite.
         """
         critics = _checked_critics(self._critics if critics is None else critics)
+        self._catch_up()
         trajectories = None if self._trajectories is None else self._trajectories.of(len(self))
         self._rows.adopt(self)
         report = self._rows.refresh(critics, self.rows, device=self.device, trajectories=trajectories)
@@ -308,6 +339,7 @@ class ClusteredReplayBuffer:
         Raises:
             ValueError: for rows that are not held.
         """
+        self._catch_up()
         stop = len(self) if stop is None else check_integer("stop", stop, minimum=1)
         start = check_integer("start", start, minimum=0)
         if not start < stop <= len(self):
@@ -331,12 +363,17 @@ class ClusteredReplayBuffer:
         """
         return self._rows.log_likelihood_of(rows, _checked_critics(self._critics), self._gather, device=self.device)
 
+    def seed(self, seed: int) -> None:
+        """From here on, draw as a buffer of this seed would: of copies that were made alike, each its own batches."""
+        self._rows.reseed(check_integer("seed", seed, minimum=0))
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that the batches to come depend on but the critics: transitions, clusters, generator, counters.
 
         Nested dicts, lists and tuples of tensors and plain values: copies, but for transitions in memory-mapped files,
         which may be larger than the RAM. `save` needs no copies.
         """
+        self._catch_up()
         return copied(state_of(self))
 
     @outside_inference_mode
@@ -354,16 +391,18 @@ class ClusteredReplayBuffer:
         Raises:
             OSError: when the file can not be written.
         """
+        self._catch_up()
         save(path, KIND, state_of(self))
 
     @classmethod
+    @outside_inference_mode
     def load(cls, path: str | os.PathLike[str], **options: Any) -> ClusteredReplayBuffer:
         """The buffer that was saved to `path`. Nothing in the file is run.
 
         Args:
             path: what `save` wrote.
-            options: those to change: `device`, `storage`; and those that no file can hold, when the buffer had its own:
-                `embedding`, `clusterer`, `refresh`.
+            options: those to change: `device`, `storage`, and `seed`, for other batches than the saved buffer's; and
+                those that no file can hold, when the buffer had its own: `embedding`, `clusterer`, `refresh`.
 
         Raises:
             OSError: without such a file.
@@ -383,6 +422,7 @@ class ClusteredReplayBuffer:
     @property
     def responsibilities(self) -> Tensor:
         """r, [N, K], as it stands: rows that no refresh has seen have r_i = p."""
+        self._catch_up()
         return self._rows.sampler.responsibilities
 
     @property
@@ -407,6 +447,14 @@ class ClusteredReplayBuffer:
     def last_report(self) -> RefreshReport | None:
         """The report of the last refresh."""
         return self._rows.last_report
+
+
+def _in_bytes(buffer: ClusteredReplayBuffer) -> tuple[Any, ...]:
+    """For another process, which would share the memory of tensors, and the changes to it, without this."""
+    return pickle.loads, (pickle.dumps(buffer),)
+
+
+ForkingPickler.register(ClusteredReplayBuffer, _in_bytes)
 
 
 def _checked_critics(critics: object) -> Critics:

@@ -70,10 +70,10 @@ def restore(buffer: Any, state: dict[str, Any]) -> None:
 
 def loaded(cls: Any, path: str | os.PathLike[str], options: dict[str, Any]) -> Any:
     """A buffer of class `cls` as it was saved to `path`, but for some options."""
-    known = [name for name in inspect.signature(cls).parameters if name != "seed"]
+    known = list(inspect.signature(cls).parameters)
     for name in options:
         if name not in known:
-            fail("options", f"names among {', '.join(known)} (the generator is in the file)", name)
+            fail("options", f"names among {', '.join(known)}", name)
     state = load(path, KIND)
     try:
         saved = dict(state["options"])
@@ -86,6 +86,8 @@ def loaded(cls: Any, path: str | os.PathLike[str], options: dict[str, Any]) -> A
     except (AttributeError, KeyError, TypeError) as error:
         fail("path", "the state of a buffer", f"{path}: {error}")
     restore(buffer, state)
+    if options.get("seed") is not None:
+        buffer.seed(options["seed"])
     return buffer
 
 
@@ -106,6 +108,7 @@ def _restore(buffer: Any, state: dict[str, Any]) -> None:
     buffer._rows.restore({**state, "clusterer": on_device}, buffer, size=len(storage))
     # nothing fails from here on
     buffer._storage, buffer._trajectories, buffer._last_rows = storage, trajectories, last_rows
+    buffer._taken_in = storage.written
     if neighbours is not None:
         buffer._windows.storage, buffer._windows.neighbours = storage, neighbours
 

@@ -144,6 +144,12 @@ class ClusteredRows:
         )
         return self.clusterer.log_likelihood_of(embeddings)
 
+    def reseed(self, seed: int) -> None:
+        """Draw on as one of this seed would."""
+        self.generator.manual_seed(seed)
+        self.sampler.forget_ahead()
+        self.sampler.forget_walks()
+
     def clear(self, holder: Any) -> None:
         """Nothing is held any more."""
         if isinstance(self.policy, OnDrift) and self.policy.serves(holder):
@@ -186,7 +192,7 @@ class ClusteredRows:
         before = self.clusterer.state_dict()
         try:
             self.clusterer.load_state_dict(state["clusterer"])
-        except Exception:
+        except BaseException:
             self.clusterer.load_state_dict(before)
             raise
         # nothing fails from here on

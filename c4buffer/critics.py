@@ -60,17 +60,21 @@ class Critics:
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
-        """Every network module that is reached through critic, target, policy, features and encode, as they are."""
-        parts = [*members_of(self.critic), *members_of(self.target), self.policy, self.features, self.encode]
+        """The network modules found behind critic, target, policy, features and encode, as they are."""
         found: dict[nn.Module, None] = {}
-        for part in parts:
+        for part in self._parts:
             for root in modules_behind(part):
                 found.update(dict.fromkeys(root.modules()))
         return tuple(found)
 
     def evaluating(self) -> AbstractContextManager[None]:
         """A context with all networks in eval mode (no dropout, no batch statistics moved), and as they were after."""
-        return evaluating(self.modules)
+        return evaluating(self.modules, and_others=not all(isinstance(part, nn.Module) for part in self._parts))
+
+    @property
+    def _parts(self) -> list[Any]:
+        parts = [*members_of(self.critic), *members_of(self.target), self.policy, self.features, self.encode]
+        return [part for part in parts if part is not None]
 
     def inputs(self, batch: Transitions) -> tuple[Observations, Tensor]:
         """x = (s, a), with s encoded where there is an encoder."""
@@ -127,7 +131,7 @@ def member_values(critic: Any, observations: Observations, actions: Tensor, *, n
 def _columns_of(output: Any, batch_size: int, *, name: str) -> list[Tensor]:
     """[B], [B, 1], [n, B] or [n, B, 1] as n tensors [B]."""
     if isinstance(output, Tensor):
-        if output.shape in ((batch_size,), (batch_size, 1)):
+        if output.shape in ((batch_size,), (batch_size, 1)) or (output.ndim == 0 and batch_size == 1):
             return [output.reshape(batch_size)]
         if output.ndim == 3 and output.shape[2] == 1:
             output = output.squeeze(2)
@@ -139,6 +143,8 @@ def _columns_of(output: Any, batch_size: int, *, name: str) -> list[Tensor]:
 
 def _rows_of(output: Any, actions: Tensor, *, name: str) -> list[Tensor]:
     """[B, n_actions] or [n, B, n_actions] gathered at the actions, as n tensors [B]."""
+    if isinstance(output, Tensor) and output.ndim == len(actions) == 1:  # squeezed
+        output = output.unsqueeze(0)
     if isinstance(output, Tensor) and output.ndim in (2, 3) and output.shape[-2] == len(actions):
         table = output.reshape(-1, *output.shape[-2:])
         chosen = actions.reshape(1, -1, 1).expand(len(table), -1, 1)

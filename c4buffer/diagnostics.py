@@ -18,6 +18,7 @@ from .embedding import embed_rows, noise_of_its_own
 from .inference import outside_inference_mode
 from .losses.covariance import decompose_cross_covariance, span_of
 from .losses.value_ensemble import ensemble_spread
+from .memory import parts_of
 from .networks import modules_behind
 from .observations import Observations, map_observations
 from .partition import check_responsibilities
@@ -131,7 +132,7 @@ def diagnose(
     directions = _checked_directions(next_direction, direction, g)
     with noise_of_its_own(device):
         size = rows_for(critics, read(0, min(2 * PROBE_ROWS, rows)))
-    parts = [(start, min(start + size, rows)) for start in range(0, rows, size)]
+    parts = list(parts_of(rows, size))
     discounts = torch.cat([discount ** read(*part).intervals.to(g) for part in parts])  # gamma^n, [N]
     columns = g.shape[1]
     basis = span_of(target_g, g)
@@ -270,11 +271,11 @@ def _checked_directions(next_direction: Tensor | None, direction: Tensor | None,
     for name, w in (("next_direction", next_direction), ("direction", direction)):
         if not isinstance(w, Tensor) or w.shape != g.shape[1:]:
             fail(name, expected, shape_of(w) if isinstance(w, Tensor) else type(w).__name__)
-        directions.append(w.to(g))
-        length = float(directions[-1].norm())
+        unit = w.detach().to(g)
+        length = float(unit.norm())
         if not abs(length - 1) < NEARLY_ONE:
             fail(name, expected, f"one of length {length:g}")
-        directions[-1] /= length  # else Eq. 10's bounds would not hold to the last digits
+        directions.append(unit / length)  # else Eq. 10's bounds would not hold to the last digits
     return directions
 
 

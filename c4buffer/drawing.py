@@ -54,8 +54,8 @@ def rows_of_clusters(
     p = partition.p.tolist()
     small = [share < SMALLEST_SHARE_BY_PROPOSAL for share in p]
     by_table = [few and (settled or count > share * size) for few, count, share in zip(small, counts, p)]
-    if not pools:
-        pools.extend(torch.empty(0, dtype=torch.int64, device="cpu") for _ in p)
+    if len(pools) != len(p):
+        pools[:] = (torch.empty(0, dtype=torch.int64, device="cpu") for _ in p)
     while True:
         missing = [
             0 if table else (count - len(pool)) / share if len(pool) < count else 0

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ._checks import check_finite, fail, shape_of
 from .critics import Critics
+from .memory import parts_of
 from .stacking import CHUNK_ROWS, PROBE_ROWS, rows_for, stacked_features, stacked_gradients
 from .transitions import Transitions
 
@@ -53,8 +54,8 @@ def embed_rows(
     else:
         embed, size = embedding, CHUNK_ROWS
     with noise_of_its_own(device):
-        for start in range(0, rows, size):
-            part = read(start, min(start + size, rows)).to(device)
+        for start, stop in parts_of(rows, size):
+            part = read(start, stop).to(device)
             chunk = embed(critics, part)
             _check(chunk, len(part))
             if chunk.dtype in (torch.float16, torch.bfloat16):
@@ -65,7 +66,7 @@ def embed_rows(
                 chunk = torch.cat([half @ directions for half in chunk.detach().chunk(halves, dim=1)], dim=1)
             if embeddings is None:
                 embeddings = chunk.new_empty(rows, chunk.shape[1])
-            embeddings[start : start + len(chunk)] = chunk.detach()
+            embeddings[start:stop] = chunk.detach()
     assert embeddings is not None
     return embeddings, directions is not None
 

@@ -18,6 +18,8 @@ def as_tensor(argument: str, value: Any) -> Tensor:
     if isinstance(value, Tensor):
         tensor = value
     else:
+        if hasattr(value, "__array__"):  # which torch would read number by number
+            value = np.asarray(value)
         if isinstance(value, np.ndarray):
             if not value.dtype.isnative:
                 value = value.astype(value.dtype.newbyteorder("="))

@@ -49,6 +49,8 @@ def flat_gradients(
         retain_graph=create_graph or retain_graph,
         allow_unused=True,
     )
+    if all(gradient is None for gradient in gradients):
+        fail(name, "values that depend on observations or actions", "values that depend on neither")
     return [
         torch.zeros_like(leaf).flatten(1) if gradient is None else gradient.flatten(1)
         for leaf, gradient in zip(leaves, gradients)

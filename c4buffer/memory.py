@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -43,6 +43,18 @@ def rows_at_once(bytes_per_row: int, device: torch.device, *, cached: int) -> in
     """
     most = cached if device.type == "cpu" else GPU_ROWS
     return min(most, _share_of(device, bytes_per_row))
+
+
+def parts_of(rows: int, size: int) -> Iterator[tuple[int, int]]:
+    """Where passes over so many rows start and stop; the last takes in a single row that is left.
+
+    Of one row a critic's `squeeze` leaves no axis.
+    """
+    most, start = size + (size > 1), 0
+    while start < rows:
+        stop = rows if rows - start <= most else start + size
+        yield start, stop
+        start = stop
 
 
 def floats_at_once(device: torch.device, *, cached: int) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import FunctionType, ModuleType
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 MOST_PARTS = 1000  # of a container that is looked into; one of more is a log or a memory
 
@@ -38,14 +40,29 @@ def modules_behind(part: Any, depth: int = 4) -> list[nn.Module]:
 
 
 @contextmanager
-def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """These modules in eval mode (no dropout, no batch statistics moved), each one's own mode restored after."""
+def evaluating(modules: Iterable[nn.Module], *, and_others: bool = False) -> Iterator[None]:
+    """These modules in eval mode (no dropout, no batch statistics moved), each one's own mode restored after.
+
+    Args:
+        modules: those that are known.
+        and_others: any other that this thread calls meanwhile, too, from its call on.
+    """
     training = [module for module in modules if module.training]
     for module in training:
         module.training = False
+    here = threading.get_ident()
+
+    def met(module: nn.Module, _: Any) -> None:
+        if module.training and threading.get_ident() == here:
+            module.training = False
+            training.append(module)
+
+    hook = register_module_forward_pre_hook(met) if and_others else None
     try:
         yield
     finally:
+        if hook is not None:
+            hook.remove()
         for module in training:
             module.training = True
 

@@ -87,7 +87,7 @@ def refreshed(
         check_responsibilities(responsibilities, rows)
         ranks = ranks_of_means(embeddings, responsibilities) if responsibilities.shape[1] > 1 else None
         sampler.assign(responsibilities, distances=ranks, trajectories=trajectories)
-    except Exception:
+    except BaseException:
         clusterer.load_state_dict(before)  # what it found is not in force
         raise
     norms = [float("nan")] * 3

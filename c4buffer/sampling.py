@@ -82,10 +82,11 @@ class SingleClusterSampler:
 
     def extend(self, rows: int) -> None:
         """Rows were appended at the end."""
-        self.size += rows
+        size = self.size + rows
         for partition in self._partitions():
-            partition.grow(self.size)
-            self._label(partition, torch.arange(self.size - rows, self.size, device="cpu"))
+            partition.grow(size)
+            self._label(partition, torch.arange(self.size, size, device="cpu"))
+        self.size = size  # last: an interrupt before leaves what another call puts right
         self.forget_ahead()
 
     def overwrite(self, rows: Tensor) -> None:
@@ -165,6 +166,8 @@ class SingleClusterSampler:
             fail("labels", "those of the rows" if partition.labels is None else "none, with replacement", "the other")
         for rows in (state["everything"], *state["ahead_rows"], *state["pools"]):
             check_rows("rows drawn ahead", rows, size)
+        if any((each.labels is None) == (not self.replacement) for each in less):
+            fail("labels", "those of the rows, or none with replacement", "others in what is dissolved")
         block = check_integer("block", state["block"], minimum=1)
         ahead_for = check_integer("ahead_for", state["ahead_for"], minimum=0)
         drawn_since = check_integer("drawn", state["drawn"], minimum=0)
@@ -279,6 +282,12 @@ class SingleClusterSampler:
             return
         if bool(((partition.p == 0) & (partition.members() > 0)).any()):
             self._label(partition, (partition.p == 0)[partition.labels].nonzero().squeeze(1))
+
+    def forget_walks(self) -> None:
+        """Without replacement: rows to come are shuffled anew."""
+        self._everything = self._everything[:0]
+        for partition in self._partitions():
+            partition.walks = [walk[:0] for walk in partition.walks]
 
     def forget_ahead(self) -> None:
         """Batches to come are drawn by everything as it is now."""

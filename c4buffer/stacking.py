@@ -13,7 +13,7 @@ from ._checks import check_finite, check_integer, fail
 from .critics import Critics, check_critics, member_features
 from .gradients import mean_gradient
 from .inference import outside_inference_mode
-from .memory import bytes_made, rows_at_once
+from .memory import bytes_made, parts_of, rows_at_once
 from .transitions import Transitions
 
 CHUNK_ROWS = 4096  # rows whose gradients are taken at once: the activations of a 256-wide layer fit the cache
@@ -88,11 +88,11 @@ def _in_chunks(
             return read(critics, batch)
     stacked: Tensor | None = None
     with critics.evaluating():
-        for start in range(0, len(batch), chunk_size):
-            part = read(critics, batch[start : start + chunk_size])
+        for start, stop in parts_of(len(batch), chunk_size):
+            part = read(critics, batch[start:stop])
             if stacked is None:
                 stacked = part.new_empty(len(batch), part.shape[1])
-            stacked[start : start + len(part)] = part
+            stacked[start:stop] = part
     assert stacked is not None
     return stacked
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ def step_of(
 ) -> Transitions:
     """Rows [1] of one environment, where the reward is a scalar, or [E] of E environments; no episode is closed.
 
-    Floats that are not tensors come in torch's default dtype. The next actions are the rows' own, and
+    What is float64 and no tensor comes in torch's default dtype. The next actions are the rows' own, and
     `has_next_actions` is 0.
     """
     single = as_tensor("rewards", rewards).ndim == 0
@@ -48,7 +48,7 @@ def step_of(
 
 def _map_parts(function: Callable[[Any], Tensor], observations: Any) -> Observations:
     """`function` applied to an observation, or to every part of a dict or tuple of them."""
-    if isinstance(observations, dict):
+    if isinstance(observations, Mapping):
         return {key: function(value) for key, value in observations.items()}
     if isinstance(observations, tuple):
         return tuple(function(value) for value in observations)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ._checks import fail
 from .files import own_folder, reserve
+from .inference import outside_inference_mode
 from .layout import form_of, from_layout, name_of, to_layout
 from .memory import free_bytes
 from .observations import map_observations, observation_leaves, with_leaves
@@ -70,6 +71,7 @@ class RingStorage:
         state["rows"] = {name: rows.clone() for name, rows in state["rows"].items()}
         return {"options": {name: getattr(self, name) for name in names}, "state": state}
 
+    @outside_inference_mode
     def __setstate__(self, state: dict[str, Any]) -> None:
         folder = state["options"]["folder"]
         self.__init__(**{**state["options"], "folder": None})  # type: ignore[misc]  # an object without a state

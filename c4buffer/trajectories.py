@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import fail, shape_of
+from ._checks import check_integer, fail, shape_of
 
 
 class Trajectories:
@@ -46,6 +46,13 @@ class Trajectories:
         self._open = _of_first(self._open, len(ends))
         self._write(slots, torch.tensor(numbers, device="cpu")[len(numbers) - len(slots) :])
 
+    def catch_up(self, slots: Tensor, written: int) -> None:
+        """Rows that it was not told of are in these slots, each a trajectory of its own; `written` have ever been."""
+        self._numbers[slots] = torch.arange(self._next, self._next + len(slots), device="cpu")
+        self._times[slots] = torch.arange(written - len(slots), written, device="cpu")
+        self._next += len(slots)
+        self._open, self._written = {}, written
+
     def _write(self, slots: Tensor, numbers: Tensor) -> None:
         self._numbers[slots] = numbers
         self._times[slots] = torch.arange(self._written, self._written + len(slots), device="cpu")
@@ -63,10 +70,12 @@ class Trajectories:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take what `state` gave."""
+        """Take what `state` gave; ValueError for what it can not have given."""
+        written, next_, open_ = _counts_of(state, "written", "next")
+        _check_between("numbers", state["numbers"], next_)
+        _check_between("times", state["times"], written)
         _fill({"numbers": self._numbers, "times": self._times}, state)
-        self._written, self._next = state["written"], state["next"]
-        self._open = dict(state["open"])
+        self._written, self._next, self._open = written, next_, open_
 
     def of(self, rows: int) -> tuple[Tensor, Tensor]:
         """Numbers and times of the first `rows` slots, int64 each."""
@@ -118,6 +127,11 @@ class Neighbours:
             self._close(environment, row, end)
         self._open = _of_first(self._open, len(ends))
 
+    def catch_up(self, slots: Tensor, written: int) -> None:
+        """Rows that it was not told of are in these slots, next to nothing; `written` have ever been."""
+        self._next[slots] = self._previous[slots] = -1
+        self._open, self._written = {}, written
+
     def after(self, slots: Tensor) -> Tensor:
         """The successors [M] of some slots."""
         return self._next[slots]
@@ -146,14 +160,32 @@ class Neighbours:
         return {"next": self._next, "previous": self._previous, "written": self._written, "open": open_}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take what `state` gave."""
+        """Take what `state` gave; ValueError for what it can not have given."""
+        written, open_ = _counts_of(state, "written")
+        _check_between("next", state["next"], len(self._next))
+        _check_between("previous", state["previous"], written)
         _fill({"next": self._next, "previous": self._previous}, state)
-        self._written, self._open = state["written"], dict(state["open"])
+        self._written, self._open = written, open_
 
 
 def _of_first(open_: dict[int, int], environments: int) -> dict[int, int]:
     """What is under way, less the environments that took no part in a step: they begin anew when they come back."""
     return {environment: value for environment, value in open_.items() if environment < environments}
+
+
+def _counts_of(state: dict[str, Any], *names: str) -> tuple[Any, ...]:
+    """The counters of these names, and what is open by environment."""
+    counts = [check_integer(name, state[name], minimum=0) for name in names]
+    open_ = {check_integer("open", e, minimum=-1): check_integer("open", n, minimum=0) for e, n in state["open"]}
+    return (*counts, open_)
+
+
+def _check_between(name: str, values: Tensor, end: int) -> None:
+    """Numbers from -1 to before `end`."""
+    if values.dtype != torch.int64:
+        fail(name, "int64", values.dtype)
+    if values.numel() and not -1 <= int(values.min()) <= int(values.max()) < end:
+        fail(name, f"numbers from -1 to {end - 1}", f"{int(values.min())} to {int(values.max())}")
 
 
 def _fill(columns: dict[str, Tensor], state: dict[str, Any]) -> None:

@@ -38,6 +38,14 @@ class SmallCritic(nn.Module):
         return torch.tanh(self.first(x))
 
 
+def numbered(rows: int = 20) -> Transitions:
+    """Rows 0, 1, 2, ... of one trajectory, each column the row's number, the next observation the next one's."""
+    column = torch.arange(float(rows)).unsqueeze(1)
+    return Transitions(
+        observations=column, actions=column, rewards=column, next_observations=column + 1, terminals=column * 0
+    )
+
+
 @pytest.fixture
 def make_transitions() -> MakeTransitions:
     """`make_transitions(n, ...)`: n seeded random transitions; every fifth is terminal unless `terminals=False`."""

@@ -122,3 +122,26 @@ def test_an_environment_that_sat_out_a_step_has_no_next_action_from_before() -> 
     assert held.rewards.tolist() == [0, 1, 10, 20, 21]
     assert held.has_next_actions.tolist() == [1, 0, 1, 0, 0]
     assert held.next_actions.squeeze(1).tolist() == [10, 1, 20, 20, 21]
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("neighbours", "written", "many"),
+        ("neighbours", "next", torch.full((10,), 10)),
+        ("neighbours", "previous", torch.full((10,), 10)),
+        ("neighbours", "open", [[0, -3]]),
+        ("trajectories", "next", None),
+        ("trajectories", "numbers", torch.full((10,), 99)),
+        ("trajectories", "times", torch.zeros(10)),
+        ("trajectories", "open", [[-2, 0]]),
+    ],
+)
+def test_a_state_with_neighbours_that_can_not_be_is_refused(part: str, name: str, value: Any) -> None:
+    options: dict[str, Any] = {"n_steps": 2} if part == "neighbours" else {"trajectory_tail": True}
+    buffer = ClusteredReplayBuffer.from_transitions(data(10), seed=0, **options)
+    state = buffer.state_dict()
+    state[part][name] = value
+    with pytest.raises(ValueError, match=f"^{name}: expected "):
+        buffer.load_state_dict(state)
+    assert len(buffer.sample(4)) == 4

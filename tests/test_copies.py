@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from c4buffer import ClusteredReplayBuffer, Critics, OnDrift, Transitions
 
-from .conftest import MakeTransitions
+from .conftest import MakeTransitions, numbered
 
 Copy = Callable[[ClusteredReplayBuffer], ClusteredReplayBuffer]
 
@@ -247,3 +247,68 @@ def test_the_copy_of_a_policy_keeps_its_probe_when_a_refresh_comes_first(
     twins_policy = twin._rows.policy
     assert isinstance(twins_policy, OnDrift)
     assert torch.equal(policy.state_dict()["probe"], twins_policy.state_dict()["probe"])
+
+
+@pytest.mark.parametrize("options", [{}, {"n_steps": 3}, {"trajectory_tail": True}, {"frame_stack": 2}])
+def test_a_buffer_made_or_loaded_in_inference_mode_is_used_outside_it(options: dict[str, Any], tmp_path: Path) -> None:
+    image = torch.zeros(1, 2, 2) if "frame_stack" in options else torch.zeros(3)
+    row = image, torch.zeros(2), 0.0, image, 0.0
+    with torch.inference_mode():
+        buffer = ClusteredReplayBuffer(40, seed=0, **options)
+        buffer.add(*row)
+        buffer.save(tmp_path / "buffer")
+    buffer.add(*row)
+    with torch.inference_mode():
+        loaded = ClusteredReplayBuffer.load(tmp_path / "buffer")
+    loaded.add(*row)
+    assert len(buffer) == len(loaded) == 2
+    assert not loaded.sample(3).rewards.is_inference()
+
+
+# --- other processes -----------------------------------------------------------------------------------------------
+
+
+class OfOnesOwn(ClusteredReplayBuffer):
+    """A subclass."""
+
+
+@pytest.mark.parametrize("kind", [ClusteredReplayBuffer, OfOnesOwn])
+def test_another_process_has_a_buffer_of_its_own(kind: Any) -> None:
+    buffer = kind.from_transitions(numbered(100), n_steps=3, n_clusters=2, seed=0)
+    q = nn.Bilinear(1, 1, 1)
+    buffer.refresh(Critics(q, q))
+    before = buffer.rows(), buffer.responsibilities
+    context = torch.multiprocessing.get_context("spawn")
+    there, back = context.Queue(), context.Queue()
+    process = context.Process(target=_echoes, args=(buffer, there, back))
+    process.start()
+    other = there.get(timeout=120)
+    back.put(None)
+    process.join(120)
+    assert type(other) is kind
+    assert other.rows().intervals.eq(1).all()
+    assert torch.equal(buffer.rows().rewards, before[0].rewards)
+    assert torch.equal(buffer.responsibilities, before[1])
+
+
+def _echoes(buffer: ClusteredReplayBuffer, there: Any, back: Any) -> None:
+    buffer.extend(numbered(100).replace(terminals=torch.ones(100)))
+    there.put(buffer)
+    back.get()  # until the other side has it
+
+
+def test_copies_with_seeds_of_their_own_draw_batches_of_their_own(tmp_path: Path) -> None:
+    for options in ({}, {"replacement": False}):
+        buffer = ClusteredReplayBuffer.from_transitions(numbered(100), seed=0, **options)
+        buffer.sample(8)
+        buffer.save(tmp_path / "buffer")
+        twins = [copy.deepcopy(buffer) for _ in range(3)]
+        for twin, seed in zip(twins, (1, 2, 2)):
+            twin.seed(seed)
+        loaded = ClusteredReplayBuffer.load(tmp_path / "buffer", seed=2)
+        one, two, again, other = ([each.sample(8).indices.tolist() for _ in range(9)] for each in (*twins, loaded))
+        assert one != two
+        assert two == again == other
+        assert two != [buffer.sample(8).indices.tolist() for _ in range(9)]
+    with pytest.raises(ValueError, match="^seed: expected an integer of at least 0, got -1$"):
+        buffer.seed(-1)

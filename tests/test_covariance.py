@@ -692,3 +692,11 @@ def test_the_decomposition_refuses_pairs_that_do_not_fit() -> None:
     shapes = re.escape("target_gradients and gradients: expected one shape [B, D], got [3, 2] and [3, 4]")
     with pytest.raises(ValueError, match="^" + shapes):
         decompose_cross_covariance(torch.zeros(3, 2), torch.zeros(3, 4), torch.ones(3, 1))
+
+
+def test_the_penalty_is_the_same_in_inference_mode(batch: Transitions, pair: tuple[nn.Module, nn.Module]) -> None:
+    penalty = CovariancePenalty(0.3, scale="relative")
+    expected = penalty(Critics(*pair), batch)
+    with torch.inference_mode():
+        found = penalty(Critics(*pair), batch)
+    assert torch.equal(found, expected)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import re
+import threading
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import c4buffer.memory
-from c4buffer import CovariancePenalty, Critics, Transitions, stacked_features, stacked_gradients
+from c4buffer import CovariancePenalty, Critics, Transitions, diagnose, stacked_features, stacked_gradients
 from c4buffer.stacking import rows_for
 
 
@@ -331,3 +333,68 @@ def test_logs_and_memories_of_an_agent_are_not_searched_for_networks(make_critic
     agent = Agent()
     found = Critics(agent.q, agent.q, policy=agent.act).modules
     assert all(any(module is network for module in found) for network in (agent.q, *agent.ensemble))
+
+
+class Hidden:
+    """Holds its network where a search does not look."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self, network: nn.Module) -> None:
+        self.parts = [{"critics": [SimpleNamespace(network=network)]}]
+
+    def __call__(self, observations: Tensor, actions: Tensor) -> Tensor:
+        value: Tensor = self.parts[0]["critics"][0].network(torch.cat([observations, actions], dim=1))
+        return value.squeeze(1)
+
+
+@pytest.mark.parametrize("read", [stacked_gradients, CovariancePenalty(1.0), lambda c, b: torch.tensor(0.0)])
+def test_networks_that_no_search_finds_are_called_in_eval_mode(
+    read: Callable[..., Tensor], make_transitions: Callable[..., Transitions]
+) -> None:
+    network = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 1))
+    agent, batch = Hidden(network), make_transitions(30)
+    critics = Critics(agent, agent)
+    assert critics.modules == ()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    assert torch.equal(read(critics, batch), read(critics, batch))
+    diagnose(critics, batch)
+    assert all(module.training for module in network.modules())
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    network[0].weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="diverged"):
+        stacked_gradients(critics, batch)
+    assert all(module.training for module in network.modules())
+
+
+def test_networks_of_another_thread_are_left_in_their_mode() -> None:
+    network, seen = nn.Dropout(0.5), []
+
+    def train() -> None:
+        network(torch.ones(3))
+        seen.append(network.training)
+
+    with Critics(lambda s, a: s, lambda s, a: s).evaluating():
+        thread = threading.Thread(target=train)
+        thread.start()
+        thread.join()
+        assert seen == [True]
+        network(torch.ones(3))
+        assert not network.training
+    assert network.training
+
+
+def test_attention_has_a_penalty(make_transitions: Callable[..., Transitions]) -> None:
+    class Attentive(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+
+        def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
+            value: Tensor = self.layer(torch.cat([observations, actions], dim=1).view(-1, 3, 4)).mean(dim=(1, 2))
+            return value + observations.square().sum(dim=1) * actions.sum(dim=1)
+
+    torch.manual_seed(0)
+    critic = Attentive()
+    CovariancePenalty(1.0)(Critics(critic, critic), make_transitions(6, 8, 4)).backward()  # type: ignore[no-untyped-call]
+    assert any(bool(parameter.grad.any()) for parameter in critic.parameters() if parameter.grad is not None)

@@ -246,3 +246,21 @@ def test_subset_of_a_file_is_a_file_of_the_same_layout(
     rows = small.observations[:, 0].long()
     assert rows.tolist() == subset.draw_rows(np.array([2, 4]), 4, 3).tolist()
     assert torch.equal(small.rewards, -rows.float())
+
+
+def test_without_next_observations_terminals_stay_what_they_were(tmp_path: Path) -> None:
+    index = np.arange(8, dtype=np.float32)
+    fields = {
+        "observations": index[:, None],
+        "actions": index[:, None],
+        "rewards": index,
+        "terminals": np.isin(index, [1, 4]),
+        "timeouts": np.isin(index, [1, 5]),  # row 1 is both, row 5 an episode of its own
+    }
+    with h5py.File(tmp_path / "data.hdf5", "w") as file:
+        for name, values in fields.items():
+            file[name] = values
+    loaded = load_d4rl(tmp_path / "data.hdf5")
+    assert loaded.rewards.tolist() == [0, 1, 2, 3, 4, 6]
+    assert loaded.terminals.tolist() == [0, 1, 0, 0, 1, 0]
+    assert loaded.timeouts.tolist() == [0, 1, 0, 0, 0, 1]

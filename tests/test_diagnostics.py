@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,8 @@ from torch import Tensor, nn
 
 from c4buffer import ClusteredReplayBuffer, Critics, Diagnosis, Transitions, VEnsemble, diagnose, stacked_gradients
 
-MakeTransitions = Callable[..., Transitions]
-MakeCritic = Callable[..., nn.Module]
+from .conftest import MakeCritic, MakeTransitions
+
 GAMMA = 0.9
 
 
@@ -412,3 +411,22 @@ def test_critics_of_bare_parameters_beside_a_network_they_do_not_use_have_no_obs
     found = diagnose(Critics(Bare(), Bare()), batch)
     assert math.isnan(found.variance_cosine)
     assert math.isfinite(found.total)
+
+
+def test_directions_given_are_not_written_to(make_transitions: MakeTransitions, make_critic: MakeCritic) -> None:
+    w = torch.tensor([1.0005, 0, 0, 0, 0], dtype=torch.float64)
+    critic = make_critic()
+    diagnose(Critics(critic, critic), make_transitions(10), direction=w, next_direction=w)
+    assert w[0] == 1.0005
+
+
+def test_inside_clusters_w_prime_stands_to_the_left(
+    make_transitions: MakeTransitions, pair: tuple[nn.Module, nn.Module]
+) -> None:
+    batch, critics = make_transitions(40, dtype=torch.float64), Critics(*pair)
+    target_w, w = torch.eye(5, dtype=torch.float64)[:2]
+    r = torch.randn(40, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).softmax(dim=1)
+    found = diagnose(critics, batch, responsibilities=r, direction=w, next_direction=target_w)
+    target_g, g = stacked_gradients(critics, batch).numpy().reshape(40, 2, 5).transpose(1, 0, 2)
+    inside = [np.cov(target_g[:, 0], g[:, 1], aweights=s, ddof=0)[0, 1] for s in r.T.numpy()]
+    assert found.cluster_cross == pytest.approx(float(r.mean(dim=0) @ torch.tensor(inside).abs()), rel=1e-12)

@@ -12,7 +12,7 @@ from torch import nn
 from c4buffer import ClusteredReplayBuffer, Critics, Transitions, embedding, refresh, stacked_gradients
 from c4buffer.embedding import embed_rows
 
-from .conftest import MakeTransitions
+from .conftest import MakeTransitions, numbered
 
 
 def wide_data(rows: int = 60, pixels: int = 50) -> tuple[Transitions, Critics]:
@@ -94,3 +94,31 @@ def test_norms_of_wide_covariances_are_not_taken(
         critic = torch.nn.Bilinear(width, 2, 1)
         buffer = ClusteredReplayBuffer.from_transitions(make_transitions(40, width, 2), n_clusters=2, seed=0)
         assert math.isfinite(buffer.refresh(Critics(critic, critic)).total) == known
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_widened(dtype: torch.dtype) -> None:
+    rows = numbered(9)
+    kept, _ = embed_rows(
+        lambda critics, batch: batch.observations.to(dtype),
+        Critics(abs, abs),
+        9,
+        lambda a, b: rows[a:b],
+        device=torch.device("cpu"),
+        max_dim=4,
+    )
+    assert kept.dtype == torch.float32
+    assert torch.equal(kept, rows.observations)
+
+
+def test_embeddings_have_no_graph() -> None:
+    rows, scale = numbered(9), torch.ones((), requires_grad=True)
+    kept, _ = embed_rows(
+        lambda critics, batch: scale * batch.observations,
+        Critics(abs, abs),
+        9,
+        lambda a, b: rows[a:b],
+        device=torch.device("cpu"),
+        max_dim=4,
+    )
+    assert not kept.requires_grad

@@ -175,3 +175,20 @@ def test_what_spans_several_steps_already_is_refused() -> None:
     with pytest.raises(ValueError, match="intervals: expected 1, as single steps are joined when sampling, got 3"):
         buffer.extend(data)
     assert len(buffer) == 0
+
+
+def test_frames_before_the_next_state_are_the_last_rows_own() -> None:
+    frames = torch.arange(7, dtype=torch.uint8).view(-1, 1, 1, 1)
+    zeros = torch.zeros(6)
+    buffer = ClusteredReplayBuffer(20, frame_stack=3, n_steps=3, seed=0)
+    buffer.extend(
+        Transitions(
+            observations=frames[:-1],
+            actions=zeros.unsqueeze(1),
+            rewards=zeros,
+            next_observations=frames[1:],
+            terminals=torch.tensor([0, 0, 0, 0, 0, 1]),
+        )
+    )
+    following = buffer.rows().next_observations.flatten(1).tolist()
+    assert following == [[1, 2, 3], [2, 3, 4], [3, 4, 5], [4, 5, 6], [4, 5, 6], [4, 5, 6]]

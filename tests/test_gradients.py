@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from c4buffer import CovariancePenalty, Critics, Transitions, stacked_gradients
 
+from .conftest import MakeCritic, MakeTransitions
+
 STEP = 1e-5  # of the central differences, in float64: truncation and rounding are both about 1e-10
 
 
@@ -263,3 +265,35 @@ def test_transitions_made_in_inference_mode_have_gradients() -> None:
         batch = made()
     assert torch.equal(stacked_gradients(critics, batch), stacked_gradients(critics, made()))
     assert torch.equal(CovariancePenalty(1.0)(critics, batch), CovariancePenalty(1.0)(critics, made()))
+
+
+def test_a_policy_of_discrete_actions_may_return_any_whole_numbers(
+    make_transitions: MakeTransitions, make_critic: MakeCritic
+) -> None:
+    batch, critic = make_transitions(6, discrete=True), make_critic(3, outputs=2)
+    policies = [lambda s: 1 - batch.next_actions, lambda s: (1 - batch.next_actions).short()]
+    found = [stacked_gradients(Critics(critic, critic, policy=policy), batch) for policy in policies]
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7])
+@pytest.mark.parametrize("discrete", [False, True])
+def test_a_critic_that_squeezes_its_values_is_read_whatever_the_number_of_rows(
+    rows: int, discrete: bool, make_transitions: MakeTransitions, make_critic: MakeCritic
+) -> None:
+    batch = make_transitions(rows, discrete=discrete)
+    network = make_critic(3 if discrete else 5, outputs=2 if discrete else 1)
+    squeezed = Critics(lambda *x: network(*x).squeeze(), lambda *x: network(*x).squeeze())
+    found = [stacked_gradients(each, batch, chunk_size=2) for each in (squeezed, Critics(network, network))]
+    torch.testing.assert_close(*found)
+
+
+def test_values_that_depend_on_neither_input_are_refused(batch: Transitions, pair: tuple[nn.Module, nn.Module]) -> None:
+    network, _ = pair
+    message = "^critic: expected values that depend on observations or actions, got values that depend on neither$"
+    with pytest.raises(ValueError, match=message):
+        stacked_gradients(Critics(lambda s, a: network(s.detach(), a.detach()), network), batch)
+    values = [network(batch.observations, batch.actions)]  # before the inputs require gradients
+    batch = batch.replace(observations=batch.observations.requires_grad_(), actions=batch.actions.requires_grad_())
+    with pytest.raises(ValueError, match="^values: expected values that depend on observations or actions"):
+        CovariancePenalty(1.0)(Critics(network, network), batch, values=values)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from c4buffer import Transitions, estimate_log_likelihood_target
 from c4buffer.losses import likelihood
 
+from .conftest import numbered
+
 
 class Gaussian(nn.Module):
     def __init__(self) -> None:
@@ -112,3 +114,47 @@ def test_likely_mistakes_are_named(transitions: Any, make_policy: Any, message: 
 def test_a_fit_that_learns_nothing_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match="^" + message):
         estimate_log_likelihood_target(data(20), Gaussian, **options)
+
+
+def test_the_fit_is_adams_with_the_batches_and_steps_asked_for() -> None:
+    slopes, rows, at = [3.0, -1.0, 2.0], list[int](), list[float]()
+
+    class Line(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.place = nn.Parameter(torch.zeros(1))
+
+        def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
+            if not self.training:
+                at.append(self.place.item())
+                return self.place.expand(len(actions))
+            rows.append(len(actions))
+            return slopes[len(rows) - 1] * self.place.expand(len(actions))
+
+    estimate_log_likelihood_target(numbered(30), Line, updates=3, batch_size=7, learning_rate=0.25)
+    place, expected = nn.Parameter(torch.zeros(1)), [0.0]
+    adam = torch.optim.Adam([place], lr=0.25)
+    for slope in slopes:
+        place.grad = torch.tensor([-slope])
+        adam.step()
+        expected.append(place.item())
+    assert rows == [7, 7, 7]
+    assert at == pytest.approx(expected)
+
+
+def test_so_many_rows_are_held_out_as_the_seed_draws_them() -> None:
+    def held_out(seed: int) -> list[float]:
+        judged: list[list[float]] = []
+
+        class Recording(nn.Linear):
+            def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
+                if not self.training:
+                    judged.append(observations[:, 0].tolist())
+                return self(observations)[:, 0]
+
+        estimate_log_likelihood_target(numbered(40), lambda: Recording(1, 1), updates=1, held_out=0.25, seed=seed)
+        return judged[0]
+
+    assert len(set(held_out(0))) == 10
+    assert held_out(0) == held_out(0)
+    assert set(held_out(0)) != set(held_out(1))

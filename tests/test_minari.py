@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import minari
@@ -219,3 +220,15 @@ def test_arrays_that_are_read_only_are_taken(three: Any) -> None:
         return given
 
     assert len(load_minari(three, observations=frozen)) == 7
+
+
+def test_an_episode_without_a_step_is_passed_over() -> None:
+    def episode(steps: int) -> Any:
+        rows = np.arange(steps + 1.0)[:, None]
+        flags = np.zeros(steps, dtype=bool)
+        return SimpleNamespace(
+            id=0, observations=rows, actions=rows[:-1], rewards=rows[:-1, 0], terminations=flags, truncations=flags
+        )
+
+    found = load_minari(SimpleNamespace(iterate_episodes=lambda: iter([episode(0), episode(2), episode(0)])))
+    assert found.rewards.tolist() == [0, 1]

@@ -24,6 +24,7 @@ import c4buffer.expectation
 import c4buffer.kmeans
 import c4buffer.mixture
 from c4buffer import GaussianMixture, MixtureResult
+from c4buffer.kmeans import draw_centres
 
 GOLDEN = Path(__file__).parent / "golden" / "official_c4.npz"
 FORMS: tuple[Any, ...] = ("full", "diag", "tied")
@@ -975,3 +976,16 @@ def test_rows_so_far_out_that_their_products_overflow_have_shares_that_sum_to_on
     result = GaussianMixture(2, regularization=0).fit(X)
     far = torch.tensor([[1e37, 1e37], [-1e37, -1e37], [1e37, -1e37]])
     torch.testing.assert_close(result.responsibilities_of(far).sum(dim=1), torch.ones(3))
+
+
+def test_a_mirrored_mixture_explains_mirrored_rows() -> None:
+    X = torch.randn(50, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shift, scale = torch.tensor([1.0, -2.0]), torch.tensor([-3.0, 0.5])
+    mirrored = GaussianMixture(2).fit(X).rescaled(shift, scale)
+    assert mirrored.log_likelihood == pytest.approx(mirrored.log_likelihood_of(shift + scale * X), rel=1e-9)
+
+
+def test_the_first_centre_is_any_row_alike() -> None:
+    X, generator = torch.arange(4.0).unsqueeze(1), torch.Generator().manual_seed(0)
+    drawn = torch.cat([draw_centres(X, 1, generator=generator) for _ in range(400)])
+    assert int(torch.bincount(drawn[:, 0].long(), minlength=4).min()) > 70

@@ -204,3 +204,14 @@ def test_the_next_action_is_that_of_the_windows_last_row() -> None:
     assert batch.next_actions.squeeze(1).tolist() == [2, 3, 3, 3, 5, 5]
     assert batch.has_next_actions.tolist() == [1, 1, 0, 0, 0, 0]
     assert batch.actions.squeeze(1).tolist() == rows.tolist()
+
+
+def test_no_window_spans_a_step_that_its_environment_sat_out() -> None:
+    buffer = ClusteredReplayBuffer(10, n_steps=2, discount=1.0, seed=0)
+    for step, environments in enumerate((2, 1, 2)):
+        rows = torch.arange(environments) + 10.0 * step
+        column = rows.unsqueeze(1)
+        buffer.add(column, column, rows, column, torch.zeros(environments))
+    held = buffer.rows()
+    assert held.rewards.tolist() == [10, 1, 30, 20, 21]
+    assert held.intervals.tolist() == [2, 1, 2, 1, 1]

@@ -391,3 +391,11 @@ def test_a_clusterer_that_reduces_is_not_wrapped_again() -> None:
     own = ReducedClusterer(MixtureClusterer(1), max_dim=3, reduction="pca")
     buffer = ClusteredReplayBuffer.from_transitions(data, clusterer=own)
     assert buffer._rows.clusterer is own
+
+
+def test_a_state_brings_the_map_along() -> None:
+    X = torch.randn(60, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    one, other = (ReducedClusterer(MixtureClusterer(2), max_dim=4) for _ in range(2))
+    one(X)
+    other.load_state_dict(one.state_dict())
+    assert other.log_likelihood_of(X[:7]) == one.log_likelihood_of(X[:7])

@@ -22,6 +22,8 @@ from c4buffer import (
     stacked_gradients,
 )
 
+from .conftest import numbered
+
 
 def due(policy: RefreshPolicy, batches: int) -> list[int]:
     buffer = ClusteredReplayBuffer(1)
@@ -380,3 +382,20 @@ def test_saved_right_after_a_refresh_it_takes_the_new_reference_when_it_is_loade
     resumed.load_state_dict(policy.state_dict(), buffer)  # type: ignore[arg-type]
     for each in (policy, resumed):
         assert asked(each, buffer, range(11, 41), refresh=False) == []
+
+
+def test_an_interrupted_refresh_leaves_clusters_and_mixture_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    buffer = ClusteredReplayBuffer.from_transitions(numbered(60), n_clusters=2, seed=0)
+    q = nn.Bilinear(1, 1, 1)
+    buffer.refresh(Critics(q, q))
+    mixture, before = buffer.mixture, buffer.responsibilities
+    monkeypatch.setattr(buffer._rows.sampler, "assign", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        buffer.refresh(Critics(nn.Bilinear(1, 1, 1), q))
+    assert mixture is not None
+    assert buffer.mixture is not None
+    assert torch.equal(buffer.mixture.means, mixture.means)
+    assert torch.equal(buffer.responsibilities, before)

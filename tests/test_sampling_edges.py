@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from c4buffer import SingleClusterSampler, dissolved, partition, sampling
 
@@ -154,3 +154,29 @@ def test_a_state_whose_parts_do_not_fit_is_refused_by_name_and_nothing_changes(d
         one, other = sampler.sample(4), twin.sample(4)
         assert torch.equal(one[0], other[0])
         assert one[1] == other[1]
+
+
+def test_a_restored_sampler_goes_on_drawing_from_tables() -> None:
+    labels = (torch.arange(10_000) >= 500).long()  # a share of 1/20, below that from which rows are proposed
+    sampler, again = (
+        sampler_of(nn.functional.one_hot(labels).float()),
+        SingleClusterSampler(generator=torch.Generator()),
+    )
+    for _ in range(191):  # the end of a block, after more than an eighth of the rows
+        sampler.sample(8)
+    again.restore(sampler.state())
+    for _ in range(200):
+        (rows, cluster), (others, other) = sampler.sample(8), again.sample(8)
+        assert (rows.tolist(), cluster) == (others.tolist(), other)
+
+
+def test_a_restored_sampler_walks_on_in_the_clusters_that_are_left() -> None:
+    r = torch.rand(60, 3, generator=torch.Generator().manual_seed(1)) * torch.tensor([1.0, 1.0, 0.05])
+    sampler = sampler_of(r / r.sum(dim=1, keepdim=True), replacement=False)
+    again = SingleClusterSampler(generator=torch.Generator(), replacement=False)
+    assert sampler.sample(10)[1] < 2
+    assert len(sampler.partition_for(10)[0]) == 2
+    again.restore(sampler.state())
+    for _ in range(20):
+        (rows, cluster), (others, other) = sampler.sample(10), again.sample(10)
+        assert (rows.tolist(), cluster) == (others.tolist(), other)

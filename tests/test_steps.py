@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from c4buffer import Transitions
+from c4buffer import ClusteredReplayBuffer, Transitions
 from c4buffer.steps import step_of
 
 
@@ -59,3 +62,31 @@ def test_what_fits_no_row_is_named(name: str) -> None:
     step[name] = torch.zeros(3, 1)
     with pytest.raises(ValueError, match=name if name != "observations" else "observations: expected"):
         step_of(**step)
+
+
+@pytest.mark.parametrize(("held", "added"), [(torch.uint8, torch.float32), (torch.float32, torch.uint8)])
+def test_only_floats_are_cast_and_only_to_floats(held: torch.dtype, added: torch.dtype) -> None:
+    buffer = ClusteredReplayBuffer(4)
+    images = torch.zeros(2, 1, 2, 2)
+    buffer.add(images[0].to(held), [0.5], 1.0, images[1].to(held), 0)
+    with pytest.raises(ValueError, match=f"^observations: expected rows like those stored, .* got .*{added}$"):
+        buffer.add(images[0].to(added), [0.5], 1.0, images[1].to(added), 0)
+    assert len(buffer) == 1
+
+
+class Lazy:
+    """Frames that become an array when they are asked for."""
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        return np.arange(4.0).reshape(1, 2, 2)
+
+
+def test_what_can_become_an_array_is_read_as_one() -> None:
+    buffer = ClusteredReplayBuffer(3)
+    buffer.add(Lazy(), [0.5], 1.0, Lazy(), False)
+    assert buffer.rows().observations.dtype == torch.float32
+    assert buffer.rows().observations[0].flatten().tolist() == [0, 1, 2, 3]
+    buffer = ClusteredReplayBuffer(3)
+    parts = MappingProxyType({"a": np.zeros(2), "b": Lazy()})
+    buffer.add(parts, [0.5], 1.0, parts, False)
+    assert set(buffer.rows().observations) == {"a", "b"}

@@ -20,6 +20,8 @@ from c4buffer.files import own_folder
 from c4buffer.observations import observation_leaves
 from c4buffer.storage import RingStorage
 
+from .conftest import numbered
+
 CPU = torch.device("cpu")
 
 
@@ -514,3 +516,20 @@ def test_a_capacity_beyond_the_memory_is_loaded_while_its_rows_fit(
     monkeypatch.setattr(storage_file, "free_bytes", lambda device: 10)
     with pytest.raises(ValueError, match="capacity: expected one whose rows fit the memory of cpu"):
         ClusteredReplayBuffer.load(tmp_path / "buffer")
+
+
+def test_rows_saved_in_another_dtype_are_refused() -> None:
+    ring = RingStorage(20, device=torch.device("cpu"))
+    ring.write(numbered(3))
+    state = ring.state()
+    state["rows"]["float32"] = state["rows"]["float32"].double()
+    with pytest.raises(ValueError, match=r"^rows: expected torch.float32 \[3, 9\], got torch.float64 \[3, 9\]$"):
+        RingStorage(20, device=torch.device("cpu")).restore(state)
+
+
+def test_rows_beyond_the_memory_are_loaded_into_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = ClusteredReplayBuffer.from_transitions(numbered(), seed=0)
+    buffer.save(tmp_path / "buffer")
+    monkeypatch.setattr(storage_file, "free_bytes", lambda device: 10)
+    loaded = ClusteredReplayBuffer.load(tmp_path / "buffer", storage="memmap", folder=tmp_path)
+    assert torch.equal(loaded.sample(8).rewards, buffer.sample(8).rewards)

@@ -192,3 +192,9 @@ def test_only_steps_in_a_row_at_the_maximum_count_and_the_warning_comes_once() -
 
 def test_beta_may_start_at_its_maximum() -> None:
     assert TemperatureController(0.0, initial=2.0, maximum=2.0).beta.item() == 2
+
+
+def test_a_target_that_is_not_known_is_saved_as_such() -> None:
+    controller = TemperatureController(-1.5)
+    controller.load_state_dict(TemperatureController(None).state_dict())
+    assert controller.target is None

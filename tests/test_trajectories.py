@@ -447,3 +447,17 @@ def test_a_buffer_with_tails_goes_on_as_one_that_was_saved_after_its_clustering(
         pair.append(buffer)
     for _ in range(50):
         assert torch.equal(pair[0].sample(8).indices, pair[1].sample(8).indices)
+
+
+def test_restored_numbers_and_times_go_on() -> None:
+    one, other = Trajectories(12), Trajectories(12)
+    one.add(torch.arange(2), torch.tensor([False, False]))
+    one.extend(torch.arange(2, 5), torch.tensor([False, True, False]))
+    other.restore(one.state())
+    for each in (one, other):
+        each.add(torch.arange(5, 7), torch.tensor([True, False]))
+        each.add(torch.arange(7, 9), torch.tensor([False, True]))
+        each.extend(torch.arange(9, 12), torch.tensor([False, True, False]))
+    assert one.of(12)[0].tolist() == [0, 1, 2, 2, 3, 0, 1, 4, 1, 3, 3, 5]
+    for a, b in zip(one.of(12), other.of(12)):
+        assert torch.equal(a, b)

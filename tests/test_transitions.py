@@ -458,3 +458,17 @@ def test_a_trajectory_ends_at_flags_where_the_next_row_is_elsewhere_and_at_the_l
     )[:5]
     assert ends_of(data).tolist() == [False, True, False, True, True]
     assert data.timeouts.tolist() == [0] * 5
+
+
+def test_next_actions_of_another_precision_are_refused() -> None:
+    rows = torch.zeros(4, 2)
+    message = r"^next_actions: expected the shape and dtype of actions, \[4, 2\] torch.float32, got .* torch.float64$"
+    with pytest.raises(ValueError, match=message):
+        Transitions(
+            observations=rows,
+            actions=rows,
+            rewards=rows[:, 0],
+            next_observations=rows,
+            terminals=rows[:, 0],
+            next_actions=rows.double(),
+        )

@@ -9,11 +9,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._checks import check_choice, check_number, fail, shape_of
 from ..critics import Critics, check_critics, member_features
 from ..gradients import paired_gradients
-from ..inference import in_full_precision, without_autocast
+from ..inference import in_full_precision, outside_inference_mode, without_autocast
 from ..memory import floats_at_once
 from ..partition import check_responsibilities
 from ..scaling import CHUNK_ROWS
@@ -113,7 +114,8 @@ class CovariancePenalty:
     """The corrective term of Eq. 14, to be added to the critic loss: `loss = td_loss + penalty(critics, batch)`.
 
     Stateless: how often it is applied is the loop's business. g' and f' are detached and g' is masked by (1 - d), so it
-    moves the critic only; member i of an ensemble pairs with target i, and the members are summed.
+    moves the critic only; member i of an ensemble pairs with target i, and the members are summed. It calls
+    `torch.autograd.grad`, which the transforms of `torch.func` do not allow.
 
     kind="gradient", by `scale`, with P = ||C||_F^2 + beta (tr C)^2 and C = Cov_B(g', g):
         raw: weight * P.
@@ -177,10 +179,12 @@ class CovariancePenalty:
             return evaluate(critics, batch, values)
         return self._evaluate(critics, batch, values)
 
+    @outside_inference_mode
     def _evaluate(self, critics: Critics, batch: Transitions, values: Sequence[Tensor] | None) -> Tensor:
         # Critics that are compiled themselves run eagerly too. Where nobody compiles, the compiler is not imported.
         eagerly = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-        with critics.evaluating(), eagerly:
+        # Of attention, only this form has second derivatives.
+        with critics.evaluating(), eagerly, sdpa_kernel(SDPBackend.MATH):
             return self._feature(critics, batch) if self.kind == "feature" else self._gradient(critics, batch, values)
 
     def _gradient(self, critics: Critics, batch: Transitions, values: Sequence[Tensor] | None) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._checks import check_choice, check_fraction, check_integer, check_number, fail, is_finite_number, shape_of
 from ..inference import outside_inference_mode
+from ..memory import parts_of
 from ..transitions import Transitions
 
 EVALUATIONS = 20  # of the held-out likelihood while the policy is fitted
@@ -137,7 +138,7 @@ def _held_out_likelihoods(
 def _judged(policy: Any, transitions: Transitions) -> Tensor:
     """log pi(a | s) of each row, float64, by the policy as it acts."""
     policy.eval()
-    parts = [transitions[i : i + CHUNK_ROWS] for i in range(0, len(transitions), CHUNK_ROWS)]
+    parts = [transitions[start:stop] for start, stop in parts_of(len(transitions), CHUNK_ROWS)]
     found = []
     with torch.no_grad():
         for part in parts:

@@ -186,8 +186,15 @@ def test_another_critic_is_clustered_by_anew() -> None:
         assert not model.replay_buffer._sampler.clustered
 
 
+def test_a_penalty_in_which_nothing_learns_adds_nothing() -> None:
+    options: dict[str, Any] = {"n_clusters": 1, "policy_kwargs": {"net_arch": []}}
+    penalty = CovariancePenalty(0.1, kind="feature")  # of the observations themselves, as there is no hidden layer
+    models = [clustered(DQN, **options).learn(40, callback=C4Callback(each)) for each in (penalty, None)]
+    assert_equal(*models)
+
+
 class Frozen(BaseFeaturesExtractor):
-    """A feature extractor that does not learn, and lets no gradient through."""
+    """A feature extractor that lets no gradient through."""
 
     def __init__(self, space: Any) -> None:
         super().__init__(space, 8)
@@ -199,10 +206,10 @@ class Frozen(BaseFeaturesExtractor):
         return found
 
 
-def test_a_penalty_in_which_nothing_learns_adds_nothing() -> None:
-    options: dict[str, Any] = {"n_clusters": 1, "policy_kwargs": {"features_extractor_class": Frozen}}
-    models = [clustered(DQN, **options).learn(40, callback=C4Callback(penalty)) for penalty in (counting(), None)]
-    assert_equal(*models)
+def test_a_critic_without_gradients_by_its_observations_is_refused() -> None:
+    model = clustered(DQN, policy_kwargs={"features_extractor_class": Frozen})
+    with pytest.raises(ValueError, match="values that depend on observations or actions, got values that depend on n"):
+        model.learn(40, callback=C4Callback())
 
 
 class Clearing(SAC):
