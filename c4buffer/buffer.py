@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import pickle
@@ -450,8 +451,13 @@ class ClusteredReplayBuffer:
 
 
 def _in_bytes(buffer: ClusteredReplayBuffer) -> tuple[Any, ...]:
-    """For another process, which would share the memory of tensors, and the changes to it, without this."""
-    return pickle.loads, (pickle.dumps(buffer),)
+    """For another process, which would share the memory of tensors, and the changes to it, without this.
+
+    Critics do not go along: there, they would be copies that nobody trains.
+    """
+    alone = copy.copy(buffer)
+    alone._critics = None
+    return pickle.loads, (pickle.dumps(alone),)
 
 
 ForkingPickler.register(ClusteredReplayBuffer, _in_bytes)

@@ -277,6 +277,7 @@ def test_another_process_has_a_buffer_of_its_own(kind: Any) -> None:
     buffer = kind.from_transitions(numbered(100), n_steps=3, n_clusters=2, seed=0)
     q = nn.Bilinear(1, 1, 1)
     buffer.refresh(Critics(q, q))
+    buffer.attach(Critics(lambda s, a: q(s, a), q))
     before = buffer.rows(), buffer.responsibilities
     context = torch.multiprocessing.get_context("spawn")
     there, back = context.Queue(), context.Queue()
