@@ -31,7 +31,7 @@ from c4buffer import (
     expectile_value_loss,
     sparse_value_loss,
 )
-from c4buffer._checks import fail
+from c4buffer._checks import fail, is_finite_number
 
 from .active_config import ACTIVEConfig
 from .active_networks import PolicyDensity, new_value_functions
@@ -102,6 +102,8 @@ class ACTIVE(QLearningAlgoBase["ACTIVEImpl", ACTIVEConfig]):
             ValueError: for discrete actions.
         """
         _check_continuous(dataset)
+        if dataset.transition_count == 0:
+            fail("dataset", "at least one transition", "an empty dataset")
         self._follow()
         drawn_elsewhere = not _draws_as_the_host(dataset)
         batches: Any = None
@@ -172,6 +174,7 @@ class ACTIVE(QLearningAlgoBase["ACTIVEImpl", ACTIVEConfig]):
         shape, size = self._impl.observation_shape, self._impl.action_size
         mixed = isinstance(dataset, MixedReplayBuffer)
         parts = [dataset.primary_replay_buffer, dataset.secondary_replay_buffer] if mixed else [dataset]
+        parts = [part for part in parts if part.transition_count > 0] or parts
         found = estimate_log_likelihood_target(
             Transitions.concatenate([stored_transitions_of(part, self) for part in parts]),
             lambda: PolicyDensity(self._new_policy(shape, size, False), self),
@@ -184,17 +187,20 @@ class ACTIVE(QLearningAlgoBase["ACTIVEImpl", ACTIVEConfig]):
         self._impl.modules.temperature.target = found
         return found
 
-    def load_model(self, fname: str) -> None:
-        """d3rlpy's `load_model`; a target and a bound of beta that the config names go before what is in the file."""
-        super().load_model(fname)
-        assert self._impl is not None
-        temperature = self._impl.modules.temperature
-        if self._config.likelihood_target != "auto":
-            temperature.target = self._config.likelihood_target
-        temperature.beta.data.clamp_(max=temperature.maximum if temperature.maximum is not None else math.inf)
+    def save(self, fname: str) -> None:
+        """d3rlpy's `save`."""
+        self._lower_initial_beta()
+        super().save(fname)
+
+    def _lower_initial_beta(self) -> None:
+        """To a bound that was set since, under which no config could be made otherwise."""
+        config = self._config
+        if self._impl is not None and is_finite_number(config.max_beta):
+            config.initial_beta = min(config.initial_beta, config.max_beta)
 
     def _follow(self) -> None:
         """Before a fit: the config's settings as they stand."""
+        self._lower_initial_beta()
         self._config.__post_init__()
         if self._impl is not None:
             self._impl.follow()
@@ -270,19 +276,51 @@ class ACTIVEImpl(DDPGBaseImpl):
         self._updating = False
         self._known_q: tuple[Tensor, Tensor] | None = None
         self._named_target = config.likelihood_target  # what the config said last
+        self._built = {"n_members": config.n_members, "n_critics": config.n_critics}
         self.follow()
 
     def follow(self) -> None:
-        """Take the config's settings as they stand. H_D is taken where it is another than the config's before."""
+        """Take the config's settings as they stand. H_D is taken where it is another than the config's before.
+
+        Raises:
+            ValueError: for other numbers of networks than there are; nothing is changed then.
+        """
         config, temperature = self._config, self._modules.temperature
+        for name, number in self._built.items():
+            if getattr(config, name) != number:
+                fail(name, f"{number}, as the networks were built", getattr(config, name))
+        self._gamma, self._tau = config.gamma, config.eta
         self._advantage = VEnsembleAdvantage(
             quantile=config.quantile, temperature=config.temperature, max_weight=config.max_weight
         )
         temperature.learning_rate, temperature.maximum = config.beta_learning_rate, config.max_beta
         temperature.beta.data.clamp_(max=math.inf if config.max_beta is None else config.max_beta)
-        if config.likelihood_target != self._named_target:
-            temperature.target = None if config.likelihood_target == "auto" else config.likelihood_target
-            self._named_target = config.likelihood_target
+        temperature.target, self._named_target = self._next_target(), config.likelihood_target
+
+    def _next_target(self) -> float | None:
+        """H_D as the next fit takes it; None where it estimates it first."""
+        named = self._config.likelihood_target
+        if named == self._named_target:
+            return self._modules.temperature.target
+        return None if isinstance(named, str) else named
+
+    def save_model(self, f: Any) -> None:
+        """d3rlpy's; with the H_D that the next fit would take."""
+        temperature = self._modules.temperature
+        target, temperature.target = temperature.target, self._next_target()
+        try:
+            super().save_model(f)
+        finally:
+            temperature.target = target
+
+    def load_model(self, f: Any) -> None:
+        """d3rlpy's; a target and a bound of beta that the config names go before what is in the file."""
+        super().load_model(f)
+        config, temperature = self._config, self._modules.temperature
+        if config.likelihood_target != "auto":
+            temperature.target = config.likelihood_target
+        self._named_target = config.likelihood_target
+        temperature.beta.data.clamp_(max=math.inf if config.max_beta is None else config.max_beta)
 
     @property
     def waits_for_target(self) -> bool:
@@ -296,9 +334,13 @@ class ACTIVEImpl(DDPGBaseImpl):
         self._updating = not self._compiled  # what is captured keeps nothing
         try:
             metrics: dict[str, float] = super().inner_update(batch, grad_step)
-            return metrics
         finally:
             self._updating, self._known_q = False, None
+        for name, value in metrics.items():
+            if math.isnan(value):
+                expected = "a number (has the training diverged? Scale the rewards, or lower the learning rates)"
+                fail(name, expected, "nan")
+        return metrics
 
     def compute_target(self, batch: TorchMiniBatch) -> Tensor:
         """min_i V_i(s') (Eq. 4), [B, 1]."""

@@ -4,13 +4,15 @@ from typing import Any
 
 import torch
 from d3rlpy.models.builders import create_value_function
-from d3rlpy.models.encoders import EncoderFactory
+from d3rlpy.models.encoders import DefaultEncoderFactory, EncoderFactory, VectorEncoderFactory
 from d3rlpy.models.torch import VectorEncoder, build_gaussian_distribution
 from torch import Tensor, nn
 
 from c4buffer import VEnsemble
 
 from .dataset import scaled_observations
+
+HOSTS_OWN = (DefaultEncoderFactory, VectorEncoderFactory)  # another may have filled, or frozen, what it makes
 
 
 class PolicyDensity(nn.Module):
@@ -29,9 +31,9 @@ class PolicyDensity(nn.Module):
 
 
 def new_value_functions(observation_shape: Any, encoder_factory: EncoderFactory, n_members: int) -> nn.Module:
-    """observations -> [m, B]: a VEnsemble where the factory makes perceptrons with ReLU, else m networks of its own."""
+    """observations -> [m, B]: a VEnsemble for d3rlpy's own perceptrons with ReLU, else m networks of the factory's."""
     first = create_value_function(observation_shape, encoder_factory, "cpu:0", False)
-    if type(first._encoder) is VectorEncoder:
+    if type(encoder_factory) in HOSTS_OWN and type(first._encoder) is VectorEncoder:
         layers = list(first._encoder._layers)
         kinds = [type(layer) for layer in layers]
         if kinds == [nn.Linear, nn.ReLU] * (len(layers) // 2):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import warnings
@@ -19,7 +20,8 @@ from c4buffer.integrations.d3rlpy.dataset import from_mini_batch
 from d3rlpy.algos import IQLConfig
 from d3rlpy.dataset import MixedReplayBuffer
 from d3rlpy.logging import FileAdapterFactory
-from d3rlpy.models.encoders import VectorEncoderFactory
+from d3rlpy.models.encoders import EncoderFactory, VectorEncoderFactory
+from d3rlpy.models.torch import VectorEncoder
 from d3rlpy.preprocessing import MinMaxActionScaler, StandardObservationScaler
 from torch import nn
 
@@ -608,3 +610,97 @@ def test_an_estimate_before_scalers_are_fitted_says_so() -> None:
     algo.build_with_dataset(dataset)
     with pytest.raises(ValueError, match="algo: expected fitted scalers .*, got an unfitted observation_scaler"):
         algo.estimate_likelihood_target(dataset)
+
+
+@dataclasses.dataclass
+class Pretrained(EncoderFactory):
+    """A perceptron like d3rlpy's own, with weights that were learned before."""
+
+    def create(self, observation_shape: Any) -> Any:
+        encoder = VectorEncoder(observation_shape, [16, 16])
+        for parameter in encoder.parameters():
+            nn.init.constant_(parameter, 0.5)
+            parameter.requires_grad_(False)
+        return encoder
+
+    def create_with_action(self, *arguments: Any) -> Any:
+        raise NotImplementedError
+
+    @staticmethod
+    def get_type() -> str:
+        return "pretrained"
+
+
+def test_value_networks_are_what_a_factory_of_ones_own_makes() -> None:
+    algo = built(active(value_encoder_factory=Pretrained(), n_members=2), dataset_of(episodes()))
+    frozen = [parameter for parameter in algo.impl.modules.value_funcs.parameters() if not parameter.requires_grad]
+    assert len(frozen) == 8
+    assert all(bool((parameter == 0.5).all()) for parameter in frozen)
+
+
+@pytest.mark.parametrize("named", [-3.0, "auto"])
+def test_a_target_set_on_the_config_is_saved_and_the_next_fit_takes_it(named: Any, tmp_path: Path) -> None:
+    dataset = dataset_of(episodes())
+    algo = built(active(likelihood_target=-1.0), dataset)
+    algo.config.likelihood_target = named
+    algo.save(str(tmp_path / "algo"))
+    assert algo.impl.modules.temperature.target == -1.0
+    loaded: Any = d3rlpy.load_learnable(str(tmp_path / "algo"))
+    assert loaded.impl.modules.temperature.target == (None if named == "auto" else named)
+    assert loaded.impl.waits_for_target == (named == "auto")
+
+
+def test_a_target_from_a_file_is_not_estimated_again(tmp_path: Path) -> None:
+    dataset = dataset_of(episodes())
+    built(active(likelihood_target=-7.0), dataset).save_model(str(tmp_path / "seven"))
+    algo = built(active(likelihood_target=-1.0), dataset)
+    algo.config.likelihood_target = "auto"
+    algo.load_model(str(tmp_path / "seven"))
+    algo.fit(dataset, n_steps=1, n_steps_per_epoch=1, **QUIET)
+    assert algo.impl.modules.temperature.target == -7.0
+
+
+@pytest.mark.parametrize("fit_first", [True, False])
+def test_a_bound_of_beta_may_be_lowered_below_where_it_began(fit_first: bool, tmp_path: Path) -> None:
+    dataset = dataset_of(episodes())
+    algo = built(active(likelihood_target=-1.0), dataset)
+    algo.config.max_beta = 0.5
+    if fit_first:
+        algo.fit(dataset, n_steps=1, n_steps_per_epoch=1, **QUIET)
+        assert algo.impl.modules.temperature.beta.item() <= 0.5
+    algo.save(str(tmp_path / "algo"))
+    loaded: Any = d3rlpy.load_learnable(str(tmp_path / "algo"))
+    assert loaded.impl.modules.temperature.beta.item() <= 0.5
+
+
+def test_a_fit_takes_discount_and_rate_and_refuses_other_networks() -> None:
+    dataset = dataset_of(episodes())
+    algo = built(active(likelihood_target=-1.0), dataset)
+    algo.config.gamma, algo.config.eta = 0.5, 0.25
+    algo.fit(dataset, n_steps=1, n_steps_per_epoch=1, **QUIET)
+    assert (algo.impl._gamma, algo.impl._tau) == (0.5, 0.25)
+    for name in ("n_members", "n_critics"):
+        before = getattr(algo.config, name)
+        setattr(algo.config, name, before + 1)
+        with pytest.raises(
+            ValueError, match=f"^{name}: expected {before}, as the networks were built, got {before + 1}$"
+        ):
+            algo.fit(dataset, n_steps=1, n_steps_per_epoch=1, **QUIET)
+        setattr(algo.config, name, before)
+
+
+def test_a_training_that_diverges_says_so() -> None:
+    dataset = dataset_of(episodes())
+    algo = built(active(likelihood_target=-1.0, critic_learning_rate=1e30, actor_learning_rate=1e30), dataset)
+    with pytest.raises(ValueError, match="has the training diverged. Scale the rewards, or lower the learning rates"):
+        algo.fit(dataset, n_steps=30, n_steps_per_epoch=30, **QUIET)
+
+
+def test_empty_data_are_refused_and_an_empty_part_is_none() -> None:
+    dataset = dataset_of(episodes())
+    algo = built(active(likelihood_target=-1.0), dataset)
+    empty = d3rlpy.dataset.create_fifo_replay_buffer(10, env=gymnasium.make("Pendulum-v1"))
+    with pytest.raises(ValueError, match="^dataset: expected at least one transition, got an empty dataset$"):
+        algo.fit(empty, n_steps=1, n_steps_per_epoch=1, **QUIET)
+    alone = algo.estimate_likelihood_target(dataset, updates=2)
+    assert algo.estimate_likelihood_target(MixedReplayBuffer(empty, dataset, 0.5), updates=2) == alone

@@ -395,3 +395,26 @@ def test_wrong_input() -> None:
     with pytest.raises(AssertionError, match="only supports .*Box.* as action spaces but Discrete"):
         active(OnlySpaces(discrete=True))
     assert isinstance(active().action_space, spaces.Box)
+
+
+def test_other_numbers_of_networks_than_there_are_are_refused() -> None:
+    transitions = data().replace(actions=data().actions.clamp(-1, 1))
+    model = active(Toy(), likelihood_target=-3.0)
+    model.n_members += 1
+    with pytest.raises(ValueError, match="^n_members: expected .*, as the networks were built, got"):
+        learn_offline(model, transitions, 2)
+
+
+def test_a_bound_counts_for_a_beta_that_stays() -> None:
+    transitions = data().replace(actions=data().actions.clamp(-1, 1))
+    model = active(Toy(), likelihood_target=None)
+    model.max_beta = 0.5
+    learn_offline(model, transitions, 1)
+    assert float(model.temperature_controller.beta.detach()) == 0.5
+
+
+def test_a_training_that_diverges_says_so() -> None:
+    transitions = data().replace(actions=data().actions.clamp(-1, 1))
+    model = active(Toy(), likelihood_target=-3.0, learning_rate=1e30)
+    with pytest.raises(ValueError, match="has the training diverged. Scale the rewards, or lower the learning rates"):
+        learn_offline(model, transitions, 30)

@@ -227,11 +227,14 @@ class ACTIVE(OffPolicyAlgorithm):
         if gradient_steps < 1:
             return
         self._check_settings()
+        if self.n_members != self.policy.n_members:
+            fail("n_members", f"{self.policy.n_members}, as the networks were built", self.n_members)
         if self.likelihood_target == "auto":
             self.estimate_likelihood_target()
         controller = self.temperature_controller  # whose settings are those of now
         controller.target, controller.maximum = self.likelihood_target, self.max_beta
         controller.learning_rate = self.beta_learning_rate
+        controller.beta.data.clamp_(max=math.inf if self.max_beta is None else self.max_beta)
         self.policy.set_training_mode(True)
         self._update_learning_rate([self.actor.optimizer, self.critic.optimizer, self.value.optimizer])
         advantage = VEnsembleAdvantage(quantile=self.quantile, temperature=self.temperature, max_weight=self.max_weight)
@@ -296,6 +299,9 @@ class ACTIVE(OffPolicyAlgorithm):
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         names = ("value_loss", "critic_loss", "actor_loss", "log_likelihood")
         for name, value in zip(names, torch.stack(found).mean(dim=0).tolist()):
+            if math.isnan(value):
+                expected = "a number (has the training diverged? Scale the rewards, or lower the learning rates)"
+                fail(name, expected, "nan")
             self.logger.record(f"train/{name}", value)
         self.logger.record("train/beta", float(self.temperature_controller.beta.detach()))
 
