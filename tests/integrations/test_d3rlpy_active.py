@@ -18,11 +18,11 @@ import torch
 from c4buffer.integrations.d3rlpy import ACTIVEConfig, C4Config, critics_of, transitions_of
 from c4buffer.integrations.d3rlpy.dataset import from_mini_batch
 from d3rlpy.algos import IQLConfig
-from d3rlpy.dataset import MixedReplayBuffer
+from d3rlpy.dataset import MixedReplayBuffer, create_fifo_replay_buffer
 from d3rlpy.logging import FileAdapterFactory
 from d3rlpy.models.encoders import EncoderFactory, VectorEncoderFactory
 from d3rlpy.models.torch import VectorEncoder
-from d3rlpy.preprocessing import MinMaxActionScaler, StandardObservationScaler
+from d3rlpy.preprocessing import MinMaxActionScaler, StandardObservationScaler, StandardRewardScaler
 from torch import nn
 
 from c4buffer import CovariancePenalty, VEnsemble
@@ -31,6 +31,7 @@ from .test_d3rlpy import (
     QUIET,
     SMALL,
     assert_same_state,
+    batches_given,
     built,
     dataset_of,
     drawn,
@@ -41,7 +42,9 @@ from .test_d3rlpy import (
     torch_batch_of,
     transitions_of_rows,
 )
-from .test_d3rlpy_host import image_episodes, pixel_config
+from .test_d3rlpy_host import FirstOf, image_episodes, pixel_config
+from .test_d3rlpy_mixed import of_two_parts
+from .test_d3rlpy_user import ONE
 
 __all__ = ["drawn"]  # a fixture
 FIXED: dict[str, Any] = {"likelihood_target": -1.0}
@@ -704,3 +707,129 @@ def test_empty_data_are_refused_and_an_empty_part_is_none() -> None:
         algo.fit(empty, n_steps=1, n_steps_per_epoch=1, **QUIET)
     alone = algo.estimate_likelihood_target(dataset, updates=2)
     assert algo.estimate_likelihood_target(MixedReplayBuffer(empty, dataset, 0.5), updates=2) == alone
+
+
+def test_a_second_fit_draws_other_rows() -> None:
+    dataset = dataset_of(episodes())
+    algo = built(active(), dataset)
+    given = batches_given(algo)
+    for _ in range(2):
+        algo.fit(dataset, **ONE)
+    assert not torch.equal(given[0].observations, given[1].observations)
+
+
+def test_q_of_the_data_is_never_that_of_another_update() -> None:
+    dataset = dataset_of(episodes())
+    algo, batch = built(active(), dataset), torch_batch_of(mini_batch(dataset, range(16)))
+    algo.update(batch)
+
+    def value_loss() -> float:
+        return algo.impl.compute_critic_loss(batch, torch.zeros(16, 1)).v_loss.item()
+
+    before = value_loss()
+    for parameter in algo.impl.modules.targ_q_funcs.parameters():
+        parameter.data.mul_(3)
+    assert value_loss() != pytest.approx(before, rel=1e-3)
+    expected = value_loss()
+    assert algo.update(batch)["v_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_sampling_that_was_put_on_the_dataset_is_asked() -> None:
+    dataset, calls = dataset_of(episodes()), []
+    sample = dataset.sample_transition_batch
+    dataset.sample_transition_batch = lambda size: (calls.append(size), sample(size))[1]
+    active().create().fit(dataset, n_steps=3, n_steps_per_epoch=3, **QUIET)
+    assert calls == [16] * 3
+
+
+def test_q_weight_is_the_weight_of_q_in_the_policys_loss() -> None:
+    dataset = dataset_of(episodes())
+    algo, batch = built(active(), dataset), torch_batch_of(mini_batch(dataset, range(16)))
+    losses = []
+    for weight in (0.0, 1.0, 2.0):
+        algo.config.q_weight = weight
+        torch.manual_seed(0)
+        losses.append(
+            algo.impl.compute_actor_loss(batch, algo.impl.modules.policy(batch.observations)).actor_loss.item()
+        )
+    assert losses[1] != pytest.approx(losses[0], abs=1e-4)
+    assert losses[2] - losses[0] == pytest.approx(2 * (losses[1] - losses[0]), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "scaler"), [("action_scaler", MinMaxActionScaler()), ("reward_scaler", StandardRewardScaler())]
+)
+def test_an_estimate_names_whichever_scaler_is_not_fitted(name: str, scaler: Any) -> None:
+    dataset = dataset_of(episodes())
+    algo = active(**{name: copy.deepcopy(scaler)}).create()
+    algo.build_with_dataset(dataset)
+    with pytest.raises(ValueError, match=f"^algo: expected fitted scalers .*, got an unfitted {name}"):
+        algo.estimate_likelihood_target(dataset)
+
+
+def test_settings_count_from_the_next_online_training_on() -> None:
+    env = gymnasium.make("Pendulum-v1", max_episode_steps=20)
+    algo = active().create()
+    options = {"n_steps": 3, "n_steps_per_epoch": 3, **QUIET}
+    algo.fit_online(env, create_fifo_replay_buffer(50, env=env), **options)
+    algo.config.quantile, algo.config.max_beta = 0.25, 5.0
+    algo.fit_online(env, create_fifo_replay_buffer(50, env=env), **options)
+    assert algo.impl._advantage.quantile == 0.25
+    assert algo.impl.modules.temperature.maximum == 5.0
+
+
+def test_h_d_of_images_is_estimated() -> None:
+    dataset = dataset_of(image_episodes(discrete=False))
+    algo = built(pixel_config(ACTIVEConfig), dataset)
+    assert np.isfinite(algo.estimate_likelihood_target(dataset, updates=2))
+
+
+@dataclasses.dataclass()
+class First(VectorEncoderFactory):
+    """Encodes the first part of two alone."""
+
+    def create(self, observation_shape: Any) -> Any:
+        return FirstOf(super().create(observation_shape[0]))
+
+    def create_with_action(self, observation_shape: Any, action_size: int, discrete_action: bool = False) -> Any:
+        return FirstOf(super().create_with_action(observation_shape[0], action_size, discrete_action))
+
+    @staticmethod
+    def get_type() -> str:
+        return "first_of_two"
+
+
+def test_h_d_of_observations_of_several_parts_is_estimated() -> None:
+    dataset, encoder = of_two_parts(), First([16])
+    names = ("actor_encoder_factory", "critic_encoder_factory", "value_encoder_factory")
+    algo = active(likelihood_target="auto", **dict.fromkeys(names, encoder)).create()
+    algo.create_impl(((3,), (2,)), 2)
+    seen: list[Any] = []
+    new_policy = algo._new_policy
+
+    def watched(*arguments: Any) -> Any:
+        policy = new_policy(*arguments)
+        policy.register_forward_pre_hook(lambda module, inputs: seen.append(type(inputs[0])))
+        return policy
+
+    algo._new_policy = watched
+    assert np.isfinite(algo.estimate_likelihood_target(dataset, updates=2))
+    assert set(seen) == {list}  # as d3rlpy's networks are given them
+
+
+def test_rates_and_networks_are_the_configs() -> None:
+    dataset = dataset_of(episodes())
+    algo = built(active(eta=1.0, n_critics=3, actor_learning_rate=0.02, critic_learning_rate=0.03), dataset)
+    modules = algo.impl.modules
+    assert len(modules.q_funcs) == len(modules.targ_q_funcs) == 3
+    assert modules.actor_optim.optim.param_groups[0]["lr"] == 0.02
+    assert modules.critic_optim.optim.param_groups[0]["lr"] == 0.03
+    algo.update(mini_batch(dataset, range(16)))
+    for target, live in zip(modules.targ_q_funcs.parameters(), modules.q_funcs.parameters()):
+        torch.testing.assert_close(target, live)
+
+
+def test_numbers_of_numpy_go_to_json() -> None:
+    numbers = {"quantile": np.float32(0.25), "temperature": np.float64(2.0), "max_weight": np.int64(50)}
+    found = json.loads(small(ACTIVEConfig, **numbers).serialize())
+    assert (found["quantile"], found["temperature"], found["max_weight"]) == (0.25, 2.0, 50.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import pytest
 import torch
 from c4buffer.integrations.d3rlpy import ACTIVEConfig, C4Config, critics_of, frames, transitions_of
 from c4buffer.integrations.d3rlpy import dataset as conversion
+from c4buffer.integrations.d3rlpy import dataset_of as episodes_of
 from c4buffer.integrations.d3rlpy.batches import Batches, UniformBatches
+from c4buffer.integrations.d3rlpy.dataset import rows_since, seen_of
 from c4buffer.integrations.d3rlpy.frames import FrameBuffer
 from c4buffer.integrations.d3rlpy.rows import rows_of, runs_of
 from d3rlpy.algos import CalQLConfig, DQNConfig, TD3PlusBCConfig
@@ -421,3 +424,50 @@ def test_columns_are_scaled_block_by_block_as_the_host_scales_them(
     assert max(sizes) == min(block, rows.transition_count)
     for episode, kept in zip(rows.episodes, before):
         np.testing.assert_array_equal(episode.observations, kept)  # the columns are copies
+
+
+def test_a_picker_that_refines_the_basic_one_is_asked() -> None:
+    class Doubled(BasicTransitionPicker):
+        def __call__(self, episode: Any, index: int) -> Any:
+            step = super().__call__(episode, index)
+            return dataclasses.replace(step, reward=2 * step.reward)
+
+    plain, doubled = (transitions_of(dataset_of(episodes(), transition_picker=p)) for p in (None, Doubled()))
+    assert torch.equal(doubled.rewards, 2 * plain.rewards)
+
+
+def test_a_buffer_that_orders_its_rows_itself_is_asked_for_them() -> None:
+    class Backwards(InfiniteBuffer):
+        def __getitem__(self, index: int) -> Any:
+            return super().__getitem__(self.transition_count - 1 - index)
+
+    plain, backwards = (transitions_of(dataset_of(episodes(), buffer=b)) for b in (InfiniteBuffer(), Backwards()))
+    assert torch.equal(backwards.rewards, plain.rewards.flip(0))
+
+
+def test_rows_that_come_a_second_time_are_new() -> None:
+    dataset = dataset_of(episodes())
+    seen, rows = seen_of(dataset), dataset.transition_count
+    assert rows_since(dataset, seen) == rows
+    dataset.append_episode(dataset.episodes[-1])
+    assert dataset.transition_count > rows == rows_since(dataset, seen)
+
+
+def test_an_empty_dataset_has_no_transitions() -> None:
+    step = dataclasses.replace(episodes(1, steps=1)[0], terminated=False)
+    with pytest.raises(ValueError, match=r"^dataset: expected at least one transition, got an empty dataset"):
+        transitions_of(dataset_of([step]))
+
+
+def test_returns_to_go_of_a_dataset_made_of_transitions_are_sums_of_their_rewards() -> None:
+    rows = Transitions(
+        observations=torch.randn(6, 3),
+        actions=torch.rand(6, 2),
+        rewards=torch.arange(1.0, 7),
+        next_observations=torch.randn(6, 3),
+        terminals=torch.zeros(6),
+        timeouts=torch.tensor([0, 0, 1, 0, 0, 1.0]),
+    )
+    dataset = episodes_of(rows)
+    found = [float(dataset.transition_picker(*dataset.buffer[i]).rewards_to_go.sum()) for i in range(6)]
+    assert found == rows.rewards.tolist()

@@ -14,6 +14,7 @@ import torch
 from c4buffer.integrations.d3rlpy import ACTIVEConfig, C4Config, critics_of, measure, measuring, transitions_of
 from c4buffer.integrations.d3rlpy import dataset_of as episodes_of
 from c4buffer.integrations.d3rlpy.reading import networks_of
+from c4buffer.integrations.d3rlpy.sharing import can_be_shared
 from d3rlpy.algos import (
     BCQConfig,
     BEARConfig,
@@ -33,10 +34,12 @@ from d3rlpy.models.encoders import VectorEncoderFactory
 from d3rlpy.models.q_functions import IQNQFunctionFactory
 from d3rlpy.ope import FQEConfig
 from d3rlpy.preprocessing import PixelObservationScaler, StandardObservationScaler
+from torch import nn
 
 from c4buffer import CovariancePenalty, Transitions, stacked_gradients
 
-from .test_d3rlpy import QUIET, built, data_for, dataset_of, drawn, episodes, small
+from .test_d3rlpy import QUIET, built, data_for, dataset_of, drawn, episodes, mini_batch, small
+from .test_d3rlpy_user import ONE
 
 __all__ = ["drawn"]  # a fixture
 
@@ -351,3 +354,68 @@ def test_what_is_of_another_kind_is_named(call: Any, message: str) -> None:
     dataset = dataset_of(episodes())
     with pytest.raises(ValueError, match=message):
         call(built(C4Config(base=small(TD3Config)), dataset), dataset)
+
+
+def test_a_seed_below_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^seed: expected an integer of at least 0, got -1"):
+        C4Config(base=small(TD3Config), seed=-1)
+
+
+@pytest.mark.parametrize(("name", "value"), [("penalty_every", 3), ("trace_weight", 2.5), ("penalty_kind", "feature")])
+def test_each_setting_of_the_penalty_counts_from_the_next_fit(name: str, value: Any) -> None:
+    dataset = dataset_of(episodes())
+    algo = C4Config(base=small(TD3Config), n_clusters=2, seed=0).create()
+    algo.fit(dataset, **ONE)
+    setattr(algo.config, name, value)
+    algo.fit(dataset, **ONE)
+    impl = algo.impl
+    assert value == (
+        impl._c4_every if name == "penalty_every" else getattr(impl.c4_penalty, name.split("penalty_")[-1])
+    )
+
+
+def test_discrete_sac_reports_the_penalty_of_its_own_updates_alone() -> None:
+    dataset = data_for(DiscreteSACConfig)
+    algo = built(C4Config(base=small(DiscreteSACConfig), penalty_every=2), dataset)
+    assert ["c4_penalty" in algo.update(mini_batch(dataset, range(16))) for _ in range(4)] == [True, False] * 2
+
+
+def test_what_is_measured_does_not_depend_on_the_trainings_random_numbers() -> None:
+    dataset = dataset_of(episodes())
+    algo = built(small(SACConfig), dataset)
+    transitions = transitions_of(dataset, algo)
+    measured = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        measured.append(measure(algo, transitions))
+    assert measured[0] == measured[1]
+
+
+def test_measure_splits_by_as_many_clusters_as_asked_for_and_takes_critics_without_gradients() -> None:
+    dataset = dataset_of(episodes())
+    algo = built(small(TD3Config), dataset)
+    transitions = transitions_of(dataset, algo)
+    one = measure(algo, transitions, n_clusters=1)
+    assert one["between"] == pytest.approx(0, abs=1e-9 * one["total"])
+    assert measure(algo, transitions, n_clusters=4)["between"] > 1e-3 * one["total"]
+    for parameter in algo.impl.modules.q_funcs.parameters():
+        parameter.data.zero_()
+    assert measure(algo, transitions)["correlation"] == 0
+
+
+def test_a_forward_pass_is_not_shared_by_networks_of_ones_own() -> None:
+    class Noisy(nn.Module):  # in training alone, as dropout is
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.randn_like(x) if self.training else x
+
+    q_functions = built(small(TD3Config), dataset_of(episodes())).impl.modules.q_funcs
+    assert can_be_shared(q_functions)
+    q_functions[0].encoder._layers.append(Noisy())
+    assert not can_be_shared(q_functions)
+
+
+def test_an_update_leaves_no_hooks_on_the_networks() -> None:
+    dataset = dataset_of(episodes())
+    algo = built(C4Config(base=small(TD3Config), penalty_every=1), dataset)
+    assert "c4_penalty" in algo.update(mini_batch(dataset, range(16)))
+    assert not any(q._forward_hooks or q._forward_pre_hooks for q in algo.impl.modules.q_funcs)

@@ -9,13 +9,16 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from c4buffer.integrations.d3rlpy import C4Config
-from d3rlpy.algos import CalQLConfig, SACConfig, TD3PlusBCConfig
-from d3rlpy.dataset import MixedReplayBuffer, MultiStepTransitionPicker, create_fifo_replay_buffer
+from c4buffer.integrations.d3rlpy import C4Config, transitions_of
+from c4buffer.integrations.d3rlpy.batches import _another, _joined
+from c4buffer.integrations.d3rlpy.dataset import to_mini_batch
+from d3rlpy.algos import CalQLConfig, SACConfig, TD3Config, TD3PlusBCConfig
+from d3rlpy.dataset import Episode, MixedReplayBuffer, MultiStepTransitionPicker, create_fifo_replay_buffer
 
 from c4buffer import ClusteredReplayBuffer, MixtureClusterer, OnDrift, Transitions
 
 from .test_d3rlpy import QUIET, batches_given, built, dataset_of, drawn, episodes, row_key, small, transitions_of_rows
+from .test_d3rlpy_user import ONE
 
 __all__ = ["drawn"]  # a fixture
 
@@ -125,3 +128,58 @@ def test_a_mixed_buffer_online_needs_a_picker_that_looks_back_in_what_grows_alon
     algo.c4_resume(tmp_path / "somewhere")
     with pytest.raises(ValueError, match="c4_resume: expected a fit of one dataset after it, got fit with a Mixed"):
         algo.fit(MixedReplayBuffer(own, own, secondary_mix_ratio=0.5), n_steps=1)
+
+
+def test_the_primarys_share_is_rounded_down(drawn: list[Transitions]) -> None:
+    primary, secondary = dataset_of(episodes(6)), dataset_of(episodes(6, seed=1))
+    algo = built(C4Config(base=small(TD3PlusBCConfig), n_clusters=2, seed=0), primary)
+    algo.fit(MixedReplayBuffer(primary, secondary, secondary_mix_ratio=0.3), **ONE)
+    assert [len(batch) for batch in drawn] == [11, 5]  # of 16, as d3rlpy shares them
+    assert algo.c4_critics is algo.impl.c4_critics
+
+
+def test_of_a_secondary_alone_the_refreshes_are_logged() -> None:
+    primary, secondary = dataset_of(episodes(6)), dataset_of(episodes(6, seed=1))
+    algo = built(C4Config(base=small(TD3PlusBCConfig), n_clusters=2, seed=0), primary)
+    metrics = algo.fit(MixedReplayBuffer(primary, secondary, secondary_mix_ratio=1.0), **ONE)[0][1]
+    assert metrics["c4_cross_covariance"] == algo.c4_secondary_buffer.last_report.total
+
+
+def test_a_clusterer_of_ones_own_takes_a_small_secondary() -> None:
+    env = gymnasium.make("Pendulum-v1", max_episode_steps=20)
+    offline = create_fifo_replay_buffer(10, env=env)
+    for _ in range(2):
+        offline.append(np.zeros(3, np.float32), np.zeros(1, np.float32), 0.0)
+    offline.clip_episode(True)
+    mixed = MixedReplayBuffer(create_fifo_replay_buffer(100, env=env), offline, secondary_mix_ratio=0.5)
+    algo = C4Config(base=small(SACConfig), n_clusters=5, seed=0).create()
+    algo.c4_clusterer = lambda embeddings, previous: torch.ones(len(embeddings), 1)
+    algo.fit_online(env, mixed, n_steps=30, n_steps_per_epoch=30, **QUIET)
+    assert len(algo.c4_secondary_buffer) == 2
+
+
+def of_two_parts() -> Any:
+    return dataset_of(
+        [
+            Episode([part.observations, part.observations[:, :2]], part.actions, part.rewards, part.terminated)
+            for part in episodes()
+        ]
+    )
+
+
+def test_shares_of_several_parts_are_joined_part_by_part() -> None:
+    algo, rows = built(small(TD3Config), dataset_of(episodes())), transitions_of(of_two_parts())
+    joined = _joined([to_mini_batch(rows[:3], algo), to_mini_batch(rows[5:7], algo)])
+    for found, part in zip(joined.observations, rows.observations):
+        assert torch.equal(found, torch.cat([part[:3], part[5:7]]))
+    assert torch.equal(joined.rewards[:, 0], torch.cat([rows.rewards[:3], rows.rewards[5:7]]))
+
+
+def test_ranks_of_both_buffers_talk_through_one_process_group() -> None:
+    class Group:
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise AssertionError("a process group has no copy")
+
+    clusterer = MixtureClusterer(2)
+    clusterer.process_group = Group()  # type: ignore[assignment]
+    assert _another(clusterer).process_group is clusterer.process_group

@@ -12,8 +12,8 @@ import pytest
 import torch
 from c4buffer.integrations.d3rlpy import C4Config
 from c4buffer.integrations.d3rlpy.batches import Batches
-from c4buffer.integrations.d3rlpy.online import ReturnsToGo
-from d3rlpy.algos import CalQLConfig, DQNConfig, SACConfig
+from c4buffer.integrations.d3rlpy.online import ReturnsToGo, rows_at_most
+from d3rlpy.algos import CalQLConfig, DQNConfig, SACConfig, TD3Config
 from d3rlpy.dataset import (
     BasicTransitionPicker,
     Episode,
@@ -25,7 +25,12 @@ from d3rlpy.dataset import (
     create_fifo_replay_buffer,
     create_infinite_replay_buffer,
 )
-from d3rlpy.preprocessing import ConstantShiftRewardScaler, MinMaxActionScaler, MinMaxObservationScaler
+from d3rlpy.preprocessing import (
+    ConstantShiftRewardScaler,
+    MinMaxActionScaler,
+    MinMaxObservationScaler,
+    PixelObservationScaler,
+)
 from d3rlpy.torch_utility import TorchMiniBatch
 
 from c4buffer import Transitions, storage
@@ -425,3 +430,45 @@ def test_images_with_d3rlpys_default_of_a_million_rows_take_no_more_memory_than_
     ring = algo.c4_buffer._storage
     assert ring.room == storage.FEWEST_ROWS
     assert sum(rows.nbytes for rows in ring._rows.values()) < 60e6  # of 56 GB
+
+
+def test_online_steps_may_be_given_by_place() -> None:
+    env = gymnasium.make("Pendulum-v1", max_episode_steps=20)
+    algo = C4Config(base=small(TD3Config), n_clusters=2, seed=0).create()
+
+    def check(algo: Any, epoch: int, step: int) -> None:
+        assert step <= 30
+
+    algo.fit_online(env, create_infinite_replay_buffer(env=env), None, 30, 30, callback=check, **QUIET)
+    assert algo.c4_buffer.capacity == 30
+
+
+def test_critics_of_an_online_training_are_none_before_its_first_batch() -> None:
+    env = gymnasium.make("Pendulum-v1", max_episode_steps=20)
+    algo = C4Config(base=small(TD3Config), n_clusters=2, seed=0).create()
+    seen: list[tuple[bool, bool]] = []
+
+    def keep(algo: Any, epoch: int, step: int) -> None:
+        seen.append((algo.c4_buffer is None, algo.c4_critics is None))
+
+    options = {"n_steps": 30, "n_steps_per_epoch": 30, "update_start_step": 20, "callback": keep}
+    algo.fit_online(env, create_fifo_replay_buffer(100, env=env), **options, **QUIET)
+    assert seen[0] == (True, True)
+    assert seen[-1] == (False, False)
+    assert all(buffer == critics for buffer, critics in seen)
+
+
+def test_images_online_are_clustered_as_training_sees_them() -> None:
+    algo = C4Config(
+        base=DQNConfig(batch_size=4, observation_scaler=PixelObservationScaler()), n_clusters=2, seed=0
+    ).create()
+    env = Frames()
+    algo.fit_online(env, create_fifo_replay_buffer(50, env=env), n_steps=12, n_steps_per_epoch=12, **QUIET)
+    rows = algo.c4_buffer.rows()
+    assert rows.observations.dtype == torch.uint8
+    assert algo.c4_critics.encode is not None
+    torch.testing.assert_close(algo.c4_critics.encode(rows.observations), rows.observations.float() / 255)
+
+
+def test_a_buffer_without_steps_to_come_has_room_for_one() -> None:
+    assert rows_at_most(create_infinite_replay_buffer(env=gymnasium.make("Pendulum-v1")), 0) == 1

@@ -10,16 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import d3rlpy
+import gymnasium
 import numpy as np
 import pytest
 import torch
 from c4buffer.integrations.d3rlpy import ACTIVEConfig, C4Config, wrap
 from d3rlpy.algos import TD3, BCQConfig, CalQLConfig, DQNConfig, TD3Config, TD3PlusBCConfig
 from d3rlpy.constants import LoggingStrategy
+from d3rlpy.dataset import create_fifo_replay_buffer
 
-from c4buffer import ClusteredReplayBuffer
+from c4buffer import ClusteredReplayBuffer, Transitions
 
-from .test_d3rlpy import QUIET, built, dataset_of, episodes, small
+from .test_d3rlpy import QUIET, built, data_for, dataset_of, drawn, episodes, small
+
+__all__ = ["drawn"]  # a fixture
 
 ONE = {"n_steps": 1, "n_steps_per_epoch": 1, **QUIET}
 
@@ -226,3 +230,63 @@ def test_what_is_saved_after_a_change_between_fits_loads(tmp_path: Path) -> None
     again = d3rlpy.load_learnable(str(tmp_path / "algo.d3"))
     assert again.impl.modules.temperature.target == -3.0
     assert again.impl.modules.temperature.maximum == 1.5
+
+
+def test_an_environment_that_the_host_refuses_leaves_the_last_fits_buffer() -> None:
+    algo = C4Config(base=small(TD3Config), n_clusters=2, seed=0).create()
+    algo.fit(dataset_of(episodes()), **ONE)
+    buffer, env = algo.c4_buffer, gymnasium.make("CartPole-v1")
+    with pytest.raises(AssertionError):
+        algo.fit_online(env, create_fifo_replay_buffer(100, env=env), **QUIET)
+    assert algo.c4_buffer is buffer
+
+
+def test_a_q_functions_loss_that_was_replaced_is_refused() -> None:
+    algo = built(small(DQNConfig), data_for(DQNConfig))
+    algo.impl.compute_loss = lambda *arguments: None
+    with pytest.raises(
+        ValueError, match=r"^algo: expected methods of its classes, .*, got compute_loss set on the obj"
+    ):
+        wrap(algo)
+
+
+class Keeping(TD3):
+    """One that keeps what its `fitter` was given."""
+
+    kept: list[Any]
+
+    def fitter(self, dataset: Any, *arguments: Any, **options: Any) -> Iterator[Any]:
+        self.kept = [*getattr(self, "kept", []), dataset]
+        yield from super().fitter(dataset, *arguments, **options)
+
+
+def test_a_view_that_is_kept_keeps_no_data(alive: weakref.WeakSet[Any]) -> None:
+    dataset = dataset_of(episodes())
+    algo = wrap(Keeping(small(TD3Config), False, False), n_clusters=2, seed=0)
+    for _ in range(3):
+        algo.fit(dataset, **ONE)
+    assert len(algo.kept) == 3
+    assert len(alive) == 1
+
+
+def test_a_fit_from_the_disk_is_resumed(tmp_path: Path, drawn: list[Transitions]) -> None:
+    dataset = dataset_of(episodes())
+    found = []
+    for piece in ("whole", "resumed"):
+        algo = built(C4Config(base=small(TD3Config), n_clusters=2, seed=0), dataset)
+        (tmp_path / piece).mkdir()
+        algo.c4_buffer_options = {"storage": "memmap", "folder": tmp_path / piece}
+        if piece == "resumed":
+            algo.load_model(str(tmp_path / "model"))
+            algo.set_grad_step(3)
+            algo.c4_resume(tmp_path / "buffer")
+        else:
+            algo.fit(dataset, n_steps=3, n_steps_per_epoch=3, **QUIET)
+            algo.c4_buffer.save(tmp_path / "buffer")
+            algo.save_model(str(tmp_path / "model"))
+            found.append([algo.c4_buffer.sample(16).indices.tolist() for _ in range(2)])
+            continue
+        drawn.clear()
+        algo.fit(dataset, n_steps=2, n_steps_per_epoch=2, **QUIET)
+        found.append([batch.indices.tolist() for batch in drawn])
+    assert found[0] == found[1]

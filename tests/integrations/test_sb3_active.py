@@ -23,12 +23,13 @@ from c4buffer.integrations.sb3 import (
 )
 from c4buffer.integrations.sb3.active import CnnPolicy, MlpPolicy, MultiInputPolicy
 from gymnasium import spaces
+from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import CheckpointCallback
-from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
-from c4buffer import CovariancePenalty, VEnsemble
+from c4buffer import CovariancePenalty, VEnsemble, VEnsembleAdvantage
 
 from .test_sb3 import Toy, assert_equal, model_of, parameters_of
 from .test_sb3_offline import OnlySpaces, data
@@ -418,3 +419,70 @@ def test_a_training_that_diverges_says_so() -> None:
     model = active(Toy(), likelihood_target=-3.0, learning_rate=1e30)
     with pytest.raises(ValueError, match="has the training diverged. Scale the rewards, or lower the learning rates"):
         learn_offline(model, transitions, 30)
+
+
+class Normed(BaseFeaturesExtractor):
+    def __init__(self, space: Any) -> None:
+        super().__init__(space, 3)
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.norm(observations)
+        return found
+
+
+def test_statistics_of_batches_are_the_targets_too() -> None:
+    model = learn_offline(active(policy_kwargs={"net_arch": [8], "features_extractor_class": Normed}), data(), 3)
+    assert not any(module.training for module in model.critic_target.modules())
+    mean = model.critic.features_extractor.norm.running_mean
+    assert mean.abs().sum() > 0
+    assert torch.equal(model.critic_target.features_extractor.norm.running_mean, mean)
+    assert all(parameter.grad is None for parameter in model.critic_target.parameters())
+
+
+def test_the_weight_of_q_in_the_policys_loss() -> None:
+    model = learn_offline(active(), data(), 2)
+    batch, losses = model.replay_buffer.sample(16), []
+    for weight in (0.0, 1.0, 2.0):
+        model.q_weight, actor = weight, copy.deepcopy(model.actor.state_dict())
+        torch.manual_seed(0)
+        losses.append(float(model._train_actor(batch, torch.zeros(16), VEnsembleAdvantage(quantile=0.5))[0].detach()))
+        model.actor.load_state_dict(actor)
+    assert losses[1] != pytest.approx(losses[0], abs=1e-4)
+    assert losses[2] - losses[0] == pytest.approx(2 * (losses[1] - losses[0]), rel=1e-3)
+
+
+def test_each_optimizer_follows_the_schedule_and_has_its_options() -> None:
+    options = {"net_arch": [8], "optimizer_kwargs": {"weight_decay": 0.25}}
+    model = learn_offline(active(learning_rate=lambda left: left * 1e-3, policy_kwargs=options), data(), 20)
+    for part in (model.actor, model.critic, model.value):
+        assert part.optimizer.param_groups[0]["lr"] < 1e-4
+        assert part.optimizer.param_groups[0]["weight_decay"] == 0.25
+
+
+def test_what_is_logged_is_the_mean_over_the_gradient_steps() -> None:
+    model = learn_offline(active(), data(), 1)
+    model._log([torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([3.0, 4.0, 5.0, 6.0])])
+    names = ("value_loss", "critic_loss", "actor_loss", "log_likelihood")
+    assert [model.logger.name_to_value[f"train/{name}"] for name in names] == [2.0, 3.0, 4.0, 5.0]
+
+
+def test_batches_are_normalised_as_the_environment_is() -> None:
+    env = VecNormalize(DummyVecEnv([Toy]))
+    model = active(env).learn(25)
+    given: list[Any] = []
+    sample = model.replay_buffer.sample
+    model.replay_buffer.sample = lambda size, env=None: (given.append(env), sample(size, env=env))[1]
+    model.train(2, 8)
+    assert given == [env, env]
+
+
+def test_learning_may_go_on_counting() -> None:
+    model = active(Toy())
+    assert model.learn(10).learn(10, reset_num_timesteps=False).num_timesteps == 20
+
+
+def test_values_have_the_widths_of_q_and_defaults_are_sacs() -> None:
+    model = active(policy_kwargs={"net_arch": {"pi": [8], "qf": [24]}})
+    assert [weight.shape[-1] for weight in model.value.members.weights] == [24, 1]
+    assert active(policy_kwargs={}).policy.net_arch == SAC("MlpPolicy", Toy()).policy.net_arch

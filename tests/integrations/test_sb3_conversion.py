@@ -16,6 +16,7 @@ from c4buffer.integrations.sb3 import (
     attached,
     critics_of,
     fill_replay_buffer,
+    learn_offline,
     load_replay_buffer,
     save_replay_buffer,
     transitions_of,
@@ -30,6 +31,7 @@ from c4buffer import Transitions, diagnose, stacked_gradients
 from c4buffer.observations import observation_leaves
 
 from .test_sb3 import Goal, Toy, assert_equal, clustered, model_of
+from .test_sb3_edges import put
 from .test_sb3_offline import data, offline_model
 
 
@@ -352,3 +354,106 @@ def test_a_file_of_another_action_box_and_many_environments(tmp_path: Path) -> N
     torch.testing.assert_close(found.rewards, samples.rewards.squeeze(1))
     assert torch.equal(found.terminals, samples.dones.squeeze(1))
     assert not torch.allclose(found.actions, transitions_of(model).actions)
+
+
+IN_THE_BOX = data().replace(actions=data().actions.clamp(-1, 1), next_actions=data().next_actions.clamp(-1, 1))
+
+
+def test_what_a_buffer_can_not_take_is_named() -> None:
+    rows = data()
+    pair = rows.replace(
+        observations=(rows.observations, rows.observations), next_observations=(rows.observations, rows.observations)
+    )
+    goals = model_of(SAC, Goal(), policy="MultiInputPolicy", replay_buffer_class=HerReplayBuffer)
+    beyond = data(discrete=True)
+    for model, transitions, message in (
+        (offline_model(SAC), rows.replace(intervals=torch.full((300,), 3)), "transitions: expected single steps"),
+        (
+            offline_model(SAC),
+            rows.replace(actions=torch.zeros(300, 3), next_actions=torch.zeros(300, 3)),
+            r"transitions: expected actions of Box.*N, 3\]",
+        ),
+        (offline_model(SAC), pair, "transitions: expected observations as a tensor or a dict, .*, got a tuple"),
+        (offline_model(DQN), beyond.replace(actions=beyond.actions + 2), "transitions: expected actions in Discrete"),
+        (model_of(SAC, DummyVecEnv([Toy] * 2)), IN_THE_BOX, "model: expected one environment, .*, got 2, and False"),
+        (
+            goals,
+            IN_THE_BOX,
+            "model: expected one with a replay buffer of transitions, without hindsight, got SAC with Her",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            fill_replay_buffer(model, transitions)
+        assert model.replay_buffer.size() == 0
+    with pytest.raises(ValueError, match=r"^model: expected a replay buffer with at least one row, got an empty one"):
+        transitions_of(offline_model(SAC))
+
+
+def test_dictionaries_are_filled_in_and_come_out() -> None:
+    def parts(held: Any) -> Any:
+        return {"a": held, "b": held[:, :2] * 2}
+
+    transitions = IN_THE_BOX.replace(
+        observations=parts(IN_THE_BOX.observations), next_observations=parts(IN_THE_BOX.next_observations)
+    )
+    model = model_of(SAC, Toy("dict"), policy="MultiInputPolicy")
+    fill_replay_buffer(model, transitions)
+    assert_same(transitions_of(model), transitions, tolerance=1e-6)
+    learn_offline(model, transitions, 2)
+    assert transitions.timeouts[4] == 0
+    model.replay_buffer.next_observations["b"][4] += 1  # the next row does not go on there
+    assert transitions_of(model).timeouts[4] == 1
+
+
+def test_as_many_rows_as_a_buffer_holds_fill_it() -> None:
+    model = offline_model(SAC, buffer_size=300)
+    fill_replay_buffer(model, data())
+    assert (model.replay_buffer.full, model.replay_buffer.pos, model.replay_buffer.size()) == (True, 0, 300)
+    assert_same(transitions_of(model), data(), tolerance=1e-6)
+
+
+def test_a_bound_buffer_that_is_filled_anew_is_clustered_anew() -> None:
+    model = clustered(SAC)
+    fill_replay_buffer(model, IN_THE_BOX)
+    with attached(model):
+        model.replay_buffer.sample(16)
+        assert len(model.replay_buffer.probabilities) == 3
+        fill_replay_buffer(model, IN_THE_BOX.replace(observations=IN_THE_BOX.observations + 1))
+        with pytest.raises(ValueError, match="probabilities: expected a bound buffer that has been clustered"):
+            _ = model.replay_buffer.probabilities
+
+
+def test_actions_that_rounding_put_outside_the_box_are_taken() -> None:
+    model = model_of(SAC)
+    fill_replay_buffer(model, IN_THE_BOX.replace(actions=IN_THE_BOX.actions * (1 + 1e-6)))
+    assert model.replay_buffer.size() == 300
+
+
+def test_without_timeouts_every_end_is_an_end_as_when_rows_are_added() -> None:
+    model = offline_model(SAC, replay_buffer_kwargs={"handle_timeout_termination": False})
+    fill_replay_buffer(model, data())
+    ends = (data().terminals + data().timeouts).numpy()
+    np.testing.assert_array_equal(model.replay_buffer.dones[:300, 0], ends)
+
+
+class Wide(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.action_space = spaces.Box(-2, 5, (2,), dtype=np.float32)
+
+
+def test_a_file_of_another_action_box_is_refused(tmp_path: Path) -> None:
+    model = model_of(SAC).learn(25)
+    save_replay_buffer(model, tmp_path / "buffer")
+    with pytest.raises(ValueError, match=r"path: expected .*'action_space': .*\[-2.0, -2.0\] to \[5.0, 5.0\]"):
+        load_replay_buffer(model_of(SAC, Wide()), tmp_path / "buffer")
+
+
+def test_a_file_leaves_none_of_the_rows_that_were_there(tmp_path: Path) -> None:
+    model, other = model_of(SAC), model_of(SAC)
+    put(model.replay_buffer, 20)
+    put(other.replay_buffer, 50)
+    save_replay_buffer(model, tmp_path / "buffer")
+    load_replay_buffer(other, tmp_path / "buffer")
+    for name in ("observations", "next_observations", "actions", "rewards", "dones", "timeouts"):
+        np.testing.assert_array_equal(getattr(other.replay_buffer, name), getattr(model.replay_buffer, name))

@@ -6,11 +6,18 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import c4buffer.integrations.sb3.offline as offline_module
 import gymnasium
 import numpy as np
 import pytest
 import torch
-from c4buffer.integrations.sb3 import C4Callback, ClusteredReplayBuffer, fill_replay_buffer, learn_offline
+from c4buffer.integrations.sb3 import (
+    C4Callback,
+    ClusteredReplayBuffer,
+    fill_replay_buffer,
+    learn_offline,
+    transitions_of,
+)
 from gymnasium import spaces
 from stable_baselines3 import DQN, PPO, SAC, TD3
 from stable_baselines3.common.buffers import ReplayBuffer
@@ -237,3 +244,52 @@ def test_what_does_not_fit_is_refused_and_the_buffer_keeps_what_it_has() -> None
     with pytest.raises(ValueError, match="model: expected one environment, .*, got 1, and True"):
         learn_offline(several, data(), 1)
     assert isinstance(model.replay_buffer, ReplayBuffer)
+
+
+def test_a_callback_may_end_it() -> None:
+    class Stop(BaseCallback):
+        def _on_step(self) -> bool:
+            return self.n_calls < 5
+
+    model = learn_offline(offline_model(SAC), data(), 40, callback=Stop())
+    assert (model.num_timesteps, model._n_updates) == (5, 4)
+
+
+def test_it_logs_every_so_many_timesteps(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert offline_module.LOGGED_EVERY == 1000
+    monkeypatch.setattr(offline_module, "LOGGED_EVERY", 10)
+    steps: list[int] = []
+    monkeypatch.setattr(SAC, "dump_logs", lambda model: steps.append(model.num_timesteps))
+    learn_offline(offline_model(SAC), data(), 40)
+    assert steps == [10, 20, 30, 40]
+
+
+def test_callbacks_hear_of_each_round_and_see_what_the_hosts_loop_shows() -> None:
+    calls: list[str] = []
+
+    class Watch(BaseCallback):
+        def _on_rollout_start(self) -> None:
+            calls.append("start")
+
+        def _on_step(self) -> bool:
+            assert (self.locals["dones"].tolist(), self.locals["rewards"].tolist()) == ([False], [0.0])
+            assert self.locals["infos"] == [{}]
+            calls.append("step")
+            return True
+
+        def _on_rollout_end(self) -> None:
+            calls.append("end")
+
+    learn_offline(offline_model(SAC, gradient_steps=2), data(), 6, callback=Watch())
+    assert calls == ["start", "step", "step", "end"] * 3
+
+
+@pytest.mark.parametrize("kind", ["rewards alone", "dictionaries", "frozen"])
+def test_normalising_environments_of_every_kind(kind: str) -> None:
+    keyed = kind == "dictionaries"
+    env = VecNormalize(DummyVecEnv([lambda: Toy("dict" if keyed else "box")]), norm_obs=kind != "rewards alone")
+    model = model_of(SAC, env, policy="MultiInputPolicy" if keyed else "MlpPolicy").learn(25)
+    env.training = kind != "frozen"
+    learn_offline(model, transitions_of(model), 3)
+    assert model.num_timesteps == 3
+    assert env.training == (kind != "frozen")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -239,3 +240,30 @@ def test_settings_that_a_callback_changes_offline_stay() -> None:
     with pytest.raises(ValueError, match="model: expected gradient_steps of at least 1, or -1 for one, got 0"):
         learn_offline(model, transitions_of(model)[:5], 5)
     assert np.array_equal(rows, model.replay_buffer.rewards)
+
+
+def test_a_learn_in_which_the_optimizer_was_replaced_leaves_nothing_behind() -> None:
+    def replace(model: Any) -> None:
+        model.critic.optimizer = torch.optim.AdamW(model.critic.parameters(), lr=1e-4)
+
+    model = clustered(SAC)
+    model.learn(50, callback=[C4Callback(counting()), At(40, replace)])
+    assert type(model) is SAC
+    assert model not in ATTACHED
+    assert "zero_grad" not in vars(model.critic.optimizer)
+
+
+class Peeking(SAC):
+    """Looks at one more batch after it has trained."""
+
+    def train(self, gradient_steps: int, batch_size: int = 64) -> None:
+        super().train(gradient_steps, batch_size)
+        self.replay_buffer.sample(batch_size)  # type: ignore[union-attr]
+
+
+def test_a_training_that_draws_more_batches_than_it_needs_is_not_told() -> None:
+    penalty = counting()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        clustered(Peeking).learn(40, callback=C4Callback(penalty))
+    assert penalty.calls == 20
