@@ -1,5 +1,5 @@
 # make demo       train TD3+BC plain and with C4, side by side, and draw what happens
-# make test       the tests
+# make test       the tests, over all cores (four at most) with one thread each unless OMP_NUM_THREADS says otherwise
 # make test-long  the property tests on at least 10,000 random cases
 # make check      ruff, ruff format, mypy --strict
 # make bench      what C4 costs in time
@@ -14,7 +14,7 @@ demo: .venv/ready
 	$(BIN)/python examples/quickstart.py
 
 test: .venv/ready
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q -n auto --maxprocesses 4
 
 test-long: .venv/ready
 	$(BIN)/python -m pytest -q tests/properties --hypothesis-profile=long --fewest-cases=10000

@@ -517,6 +517,15 @@ def test_critics_in_bfloat16_have_the_penalty_that_they_have_in_float32(size: fl
 
 
 @pytest.mark.parametrize("columns", [5, 40])  # with C formed, and without
+def test_long_gradients_in_16_bits_do_not_overflow(columns: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pair = [(300 * torch.randn(16, columns, generator=generator)).half() for _ in range(2)]
+    wide = [part.float() for part in pair]
+    assert torch.equal(covariance_penalty(*pair), covariance_penalty(*wide))
+    assert torch.equal(cross_covariance(*pair), cross_covariance(*wide))
+
+
+@pytest.mark.parametrize("columns", [5, 40])  # with C formed, and without
 def test_long_gradients_do_not_overflow_under_autocast(columns: int) -> None:
     generator = torch.Generator().manual_seed(0)
     target_g, g = (300 * torch.randn(16, columns, generator=generator) for _ in range(2))

@@ -25,7 +25,7 @@ HALF_ROUNDINGS = 2  # in 16-bit types, whose sums are made in 32
 
 
 def cross_covariance(target_gradients: Tensor, gradients: Tensor) -> Tensor:
-    """C = Cov_B(g', g), [D, D], with divisor B - 1.
+    """C = Cov_B(g', g), [D, D], with divisor B - 1; of 16-bit gradients in float32.
 
     Args:
         target_gradients: g', [B, D].
@@ -43,7 +43,7 @@ def cross_covariance(target_gradients: Tensor, gradients: Tensor) -> Tensor:
 def covariance_penalty(target_gradients: Tensor, gradients: Tensor, *, trace_weight: float = 1.0) -> Tensor:
     """||C||_F^2 + beta (tr C)^2 with C = Cov_B(g', g): the bracket of Eq. 14 (a scalar, in units of g^4).
 
-    Of gradients with more columns than rows, as those by pixels, C is not formed.
+    Of gradients with more columns than rows, as those by pixels, C is not formed. Of 16-bit gradients it is in float32.
 
     Args:
         target_gradients: g', [B, D].
@@ -236,6 +236,8 @@ def span_of(target_gradients: Tensor, gradients: Tensor) -> Tensor | None:
 
 
 def _centred(values: Tensor) -> Tensor:
+    """Less their mean, in float32 at least: 16-bit squares overflow, and torch 2.8 has no trace of bfloat16."""
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
     return values - values.mean(dim=0)
 
 
