@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal, TypeVar, Union
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ from .storage import RingStorage
 from .trajectories import Neighbours, Trajectories
 from .transitions import Transitions
 from .windows import Windows
+
+B = TypeVar("B", bound="ClusteredReplayBuffer")
 
 
 class ClusteredReplayBuffer:
@@ -144,7 +146,7 @@ class ClusteredReplayBuffer:
             self._windows = Windows(self._storage, n_steps=n_steps, discount=discount, frame_stack=frame_stack)
         self._critics: Critics | None = None
         self._taken_in = 0  # rows ever written that all parts have heard of
-        self._last_rows: dict[int, int] = {}  # of each environment: its last row, while that waits for its next action
+        self._last_rows: dict[int, int] = {}  # of each environment: its last row while that waits for a', or -1
         self._options = {
             "capacity": capacity,
             "n_clusters": self.n_clusters,
@@ -178,7 +180,7 @@ class ClusteredReplayBuffer:
         return mapped
 
     @classmethod
-    def from_transitions(cls, transitions: Transitions, **options: Any) -> ClusteredReplayBuffer:
+    def from_transitions(cls: type[B], transitions: Transitions, **options: Any) -> B:
         """A buffer that holds `transitions`; its capacity is their number, unless given."""
         buffer = cls(options.pop("capacity", len(transitions)), **options)
         buffer.extend(transitions)
@@ -247,19 +249,34 @@ class ClusteredReplayBuffer:
         The next action of each row is the action that its environment takes in the step after; a terminal, a timeout
         and the newest row have none. What is float64 and no tensor comes in torch's default dtype; all are cast to the
         dtypes of the transitions held.
+
+        Args:
+            observations, next_observations: [...] or [E, ...], or dicts and tuples of such.
+            actions: [A] or [E, A]; discrete: an integer or [E].
+            rewards, terminals, timeouts: numbers or [E]; flags 0 or 1.
+
+        An environment is known by its place: give all, in the same order, at each call. When their number changes, all
+        trajectories under way end where they are.
+
+        Raises:
+            ValueError: for shapes, dtypes and flags that do not fit, and values that are not finite.
         """
         step = step_of(observations, actions, rewards, next_observations, terminals, timeouts)
         step = self._storage.cast(step)
         first = self._storage.written
         slots = self._write(step)
+        if len(self._last_rows) not in (0, len(step)):  # which environment is which is not known
+            self._last_rows = {}
+            for follower in self._followers():
+                follower.cut()
         for environment, action in enumerate(step.actions):
-            row = self._last_rows.get(environment)
-            if row is not None and self._storage.holds(row):
+            row = self._last_rows.get(environment, -1)
+            if row >= 0 and self._storage.holds(row):
                 self._storage.link(row, action)
         done = ((step.terminals + step.timeouts) > 0).cpu()
         for follower in self._followers():
             follower.add(slots, done)
-        self._last_rows = {e: first + e for e in range(len(step)) if not done[e]}
+        self._last_rows = {e: -1 if done[e] else first + e for e in range(len(step))}
         self._taken_in = self._storage.written
 
     def attach(self, critics: Critics) -> None:
@@ -397,7 +414,7 @@ class ClusteredReplayBuffer:
 
     @classmethod
     @outside_inference_mode
-    def load(cls, path: str | os.PathLike[str], **options: Any) -> ClusteredReplayBuffer:
+    def load(cls: type[B], path: str | os.PathLike[str], **options: Any) -> B:
         """The buffer that was saved to `path`. Nothing in the file is run.
 
         Args:
@@ -409,7 +426,7 @@ class ClusteredReplayBuffer:
             OSError: without such a file.
             ValueError: for a file that is damaged, foreign or of another version; for an option that must be given.
         """
-        buffer: ClusteredReplayBuffer = loaded(cls, path, options)
+        buffer: B = loaded(cls, path, options)
         return buffer
 
     @property

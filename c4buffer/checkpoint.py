@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,19 @@ def save(path: str | os.PathLike[str], kind: str, state: Any) -> None:
     document = json.dumps({"kind": kind, "version": VERSION, "state": tree, "tensors": _descriptions(tensors)})
     metadata = {"format": FORMAT, "document": document, "digest": hashlib.blake2b(document.encode()).hexdigest()}
     target = Path(os.path.realpath(path))  # of a link, what it leads to
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-    os.close(handle)
+    name = str(target.parent / f".{target.name}.{secrets.token_hex(8)}.part")
+    # with the permissions of the file that is replaced, or those that a new one gets here
+    mode = target.stat().st_mode & 0o777 if target.exists() else None
+    handle = os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666 if mode is None else mode)
+    try:
+        mode = os.fstat(handle).st_mode & 0o777 if mode is None else mode
+    finally:
+        os.close(handle)
     try:
         save_file(tensors, name, metadata)
         with open(name, "r+b") as file:
             os.fsync(file.fileno())
-        os.chmod(name, _permissions(target))
+        os.chmod(name, mode)
         os.replace(name, target)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -141,15 +147,6 @@ def _checksum(tensor: Tensor) -> str:
     for part in flat.split(HASHED_BYTES):
         digest.update(part.numpy().data)
     return digest.hexdigest()
-
-
-def _permissions(target: Path) -> int:
-    """Of the file that is replaced, or those that a new one gets here."""
-    if target.exists():
-        return target.stat().st_mode & 0o777
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
 
 
 def _sync_folder(folder: Path) -> None:

@@ -22,7 +22,7 @@ from .scaling import CHUNK_ROWS, column_scaling
 class Clusterer(Protocol):
     """Anything that can be called so."""
 
-    def __call__(self, embeddings: Tensor, previous: Tensor | None) -> Tensor:
+    def __call__(self, embeddings: Tensor, previous: Tensor | None, /) -> Tensor:
         """Cluster the rows of embeddings.
 
         Args:

@@ -37,18 +37,18 @@ class Critics:
 
     critic: Any
     target: Any
-    policy: Callable[[Observations], Tensor] | None = None
-    features: Callable[[Any, Observations, Tensor], Tensor] | None = None
-    encode: Callable[[Observations], Tensor] | None = None
+    policy: Callable[[Any], Tensor] | None = None
+    features: Callable[[Any, Any, Tensor], Tensor] | None = None
+    encode: Callable[[Any], Tensor] | None = None
 
     def __init__(
         self,
         critic: Any,
         target: Any,
         *,
-        policy: Callable[[Observations], Tensor] | None = None,
-        features: Callable[[Any, Observations, Tensor], Tensor] | None = None,
-        encode: Callable[[Observations], Tensor] | None = None,
+        policy: Callable[[Any], Tensor] | None = None,
+        features: Callable[[Any, Any, Tensor], Tensor] | None = None,
+        encode: Callable[[Any], Tensor] | None = None,
     ) -> None:
         for name, value in (("critic", critic), ("target", target)):
             members = members_of(value)

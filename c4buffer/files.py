@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import weakref
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 
@@ -28,13 +29,11 @@ def reserve(path: Path, size: int) -> None:
 
 
 def own_folder(owner: object, parent: str | os.PathLike[str] | None) -> Path:
-    """A new folder in `parent` (None: where the system has its temporary files), which goes with its owner."""
+    """A new folder in `parent` (None: where the system has its temporary files), which goes with its owner.
+
+    Or with the process that made it, those of `multiprocessing` included, which end without `atexit`. In a forked one,
+    which has the owner too, nothing is removed: the files are not its own.
+    """
     folder = Path(tempfile.mkdtemp(prefix="c4buffer-", dir=parent))
-    weakref.finalize(owner, _remove, folder, os.getpid())
+    weakref.finalize(owner, Finalize(None, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=0))
     return folder
-
-
-def _remove(folder: Path, process: int) -> None:
-    """In the process that made it: a forked one has the owner, too, and the files are not its own."""
-    if os.getpid() == process:
-        shutil.rmtree(folder, ignore_errors=True)

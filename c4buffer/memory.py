@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SHARE = 8  # of the free memory, one part in so many is used at once
-UNKNOWN = 1 << 31  # bytes taken as free where the system does not tell
+UNKNOWN = 1 << 31  # bytes whose share is used where the system does not tell
 GPU_ROWS = 1 << 18  # enough to keep a GPU busy
 GPU_FLOATS = 1 << 27
 MEMINFO = "/proc/meminfo"
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that could be allocated on `device` now."""
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that could be allocated on `device` now; None where the system does not tell."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -30,7 +30,7 @@ def free_bytes(device: torch.device) -> int:
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
-        return UNKNOWN
+        return None
 
 
 def rows_at_once(bytes_per_row: int, device: torch.device, *, cached: int) -> int:
@@ -69,7 +69,8 @@ def _share_of(device: torch.device, size: int) -> int:
 
     A little more or less free memory makes the same chunks then, with the same rounding and the same noise of a policy.
     """
-    fitting = max(1, free_bytes(device) // SHARE // size)
+    free = free_bytes(device)
+    fitting = max(1, (UNKNOWN if free is None else free) // SHARE // size)
     return 1 << (fitting.bit_length() - 1)
 
 

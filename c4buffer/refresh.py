@@ -37,7 +37,7 @@ class RefreshReport:
             to; NaN likewise.
         seconds: wall time of embedding, clustering and assigning.
         total, within, between: Frobenius norms of C = Cov(g', g) over all transitions, of E[C_Z] and of
-            Cov(mu'_Z, mu_Z) (Theorem 2). NaN for an embedding that is not a pair, or one of more than 1,024 columns,
+            Cov(mu'_Z, mu_Z) (Theorem 2). NaN for an embedding that is not a pair, for g of more than 1,024 columns,
             and for a single transition.
     """
 
@@ -112,8 +112,8 @@ def refreshed(
 class RefreshPolicy(Protocol):
     """Anything that can be called so."""
 
-    def __call__(self, step: int, buffer: ClusteredReplayBuffer) -> bool:
-        """Whether to cluster before batch number `step` (from 0) is drawn."""
+    def __call__(self, step: int, buffer: Any, /) -> bool:
+        """Whether to cluster before batch number `step` (from 0) is drawn from this buffer, or by this sampler."""
         ...  # pragma: no cover
 
 
@@ -127,7 +127,7 @@ class Every:
     def __init__(self, n: int) -> None:
         self.n = check_integer("n", n, minimum=1)
 
-    def __call__(self, step: int, buffer: ClusteredReplayBuffer) -> bool:
+    def __call__(self, step: int, buffer: object) -> bool:
         return step % self.n == 0
 
     def options(self) -> dict[str, Any]:

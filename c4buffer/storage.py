@@ -179,7 +179,8 @@ class RingStorage:
                 for value in columns.values()
                 for leaf in observation_leaves(value)
             )
-            if self.folder is None and needed > free_bytes(self.device):
+            free = None if self.folder is not None else free_bytes(self.device)
+            if free is not None and needed > free:
                 fail("capacity", f"one whose rows fit the memory of {self.device}", f"{needed / 2**30:.1f} GiB")
             try:
                 self._make_room(Transitions.unchecked(columns), held)

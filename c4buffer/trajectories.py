@@ -46,6 +46,10 @@ class Trajectories:
         self._open = _of_first(self._open, len(ends))
         self._write(slots, torch.tensor(numbers, device="cpu")[len(numbers) - len(slots) :])
 
+    def cut(self) -> None:
+        """The trajectories under way of environments end where they are."""
+        self._open = {source: value for source, value in self._open.items() if source < 0}
+
     def catch_up(self, slots: Tensor, written: int) -> None:
         """Rows that it was not told of are in these slots, each a trajectory of its own; `written` have ever been."""
         self._numbers[slots] = torch.arange(self._next, self._next + len(slots), device="cpu")
@@ -126,6 +130,10 @@ class Neighbours:
                 self._previous[row % len(self._next)] = self._open.get(environment, -1)
             self._close(environment, row, end)
         self._open = _of_first(self._open, len(ends))
+
+    def cut(self) -> None:
+        """The trajectories under way of environments end where they are."""
+        self._open = {source: value for source, value in self._open.items() if source < 0}
 
     def catch_up(self, slots: Tensor, written: int) -> None:
         """Rows that it was not told of are in these slots, next to nothing; `written` have ever been."""

@@ -120,8 +120,8 @@ def test_an_environment_that_sat_out_a_step_has_no_next_action_from_before() -> 
         buffer.add(column, column, rows, column, torch.zeros(environments))
     held = buffer.rows()
     assert held.rewards.tolist() == [0, 1, 10, 20, 21]
-    assert held.has_next_actions.tolist() == [1, 0, 1, 0, 0]
-    assert held.next_actions.squeeze(1).tolist() == [10, 1, 20, 20, 21]
+    assert held.has_next_actions.tolist() == [0, 0, 0, 0, 0]  # which of the two it was is not known
+    assert held.next_actions.squeeze(1).tolist() == [0, 1, 10, 20, 21]
 
 
 @pytest.mark.parametrize(
@@ -145,3 +145,19 @@ def test_a_state_with_neighbours_that_can_not_be_is_refused(part: str, name: str
     with pytest.raises(ValueError, match=f"^{name}: expected "):
         buffer.load_state_dict(state)
     assert len(buffer.sample(4)) == 4
+
+
+def test_when_the_number_of_environments_changes_what_is_under_way_ends_where_it_is() -> None:
+    buffer = ClusteredReplayBuffer(20, trajectory_tail=True, seed=0)
+    step = 0
+    for environments in (3, 3, 2, 3, 3):
+        rows = torch.arange(step, step + environments).unsqueeze(1).float()
+        zeros = torch.zeros(environments)
+        buffer.add(rows, rows, zeros, rows, zeros)
+        step += environments
+    rows = buffer.rows()
+    assert rows.has_next_actions.tolist() == [1] * 3 + [0] * 3 + [0] * 2 + [1] * 3 + [0] * 3
+    assert rows.next_actions[:3, 0].tolist() == [3, 4, 5]
+    assert rows.next_actions[8:11, 0].tolist() == [11, 12, 13]
+    assert buffer._trajectories is not None
+    assert len(set(buffer._trajectories.of(14)[0].tolist())) == 3 + 2 + 3

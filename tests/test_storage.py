@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import errno
+import multiprocessing
 import os
 import shutil
 from pathlib import Path
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import c4buffer.storage as storage_file
-from c4buffer import ClusteredReplayBuffer, Transitions, files
+from c4buffer import ClusteredReplayBuffer, Transitions
 from c4buffer.files import own_folder
 from c4buffer.observations import observation_leaves
 from c4buffer.storage import RingStorage
@@ -432,7 +434,7 @@ def test_files_are_not_removed_by_a_forked_process_and_grow_back_whole(tmp_path:
     ring.write(data)
     child = os.fork()
     if child == 0:
-        files._remove(ring.folder, os.getppid())
+        del ring
         os._exit(0)
     os.waitpid(child, 0)
     assert ring.folder.is_dir()
@@ -441,6 +443,33 @@ def test_files_are_not_removed_by_a_forked_process_and_grow_back_whole(tmp_path:
     ring.write(data)
     ring.write(data)
     assert float(ring.rows(0, 9000).observations.min()) == 1
+
+
+def make_and_end(folder: Path, made: Any) -> None:
+    globals()["kept"] = ClusteredReplayBuffer(100, storage="memmap", folder=folder)
+    made.put(len(list(folder.iterdir())))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_files_go_with_the_process_that_made_them(method: str, tmp_path: Path) -> None:
+    context: Any = multiprocessing.get_context(method)
+    made = context.SimpleQueue()
+    process = context.Process(target=make_and_end, args=(tmp_path, made))
+    process.start()
+    process.join(120)
+    assert (process.exitcode, made.get()) == (0, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_the_system_does_not_tell_how_much_memory_is_free_a_state_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = torch.ones(3, 2)
+    data = Transitions(
+        observations=rows, actions=rows, rewards=rows[:, 0], next_observations=rows, terminals=rows[:, 0]
+    )
+    monkeypatch.setattr(storage_file, "free_bytes", lambda device: None)
+    assert len(copy.deepcopy(ClusteredReplayBuffer.from_transitions(data))) == 3
 
 
 def test_rows_that_the_disk_can_not_hold_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

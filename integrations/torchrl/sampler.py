@@ -7,7 +7,7 @@ import threading
 import warnings
 from abc import ABCMeta
 from collections.abc import Callable, Iterator
-from multiprocessing.context import get_spawning_popen
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -257,15 +257,14 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
 
     def __getstate__(self) -> dict[str, Any]:
         left_out = ("_critics", "_transform", "_storage", "_thread", "_lock")
-        state = {**vars(self), **dict.fromkeys(left_out)}
-        if get_spawning_popen() is not None:  # torch would share the memory of tensors with the other process
-            state["_rows"] = pickle.dumps(self._rows)
-        return state
+        return {**vars(self), **dict.fromkeys(left_out)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update({**state, "_lock": threading.RLock()})
-        if isinstance(self._rows, bytes):
-            self._rows = pickle.loads(self._rows)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        ForkingPickler.register(cls, _in_bytes)
 
     @property
     def _rng(self) -> torch.Generator:
@@ -327,3 +326,11 @@ def first_parameters(critics: Critics) -> Iterator[Tensor]:
 def _device_of(critics: Critics) -> torch.device:
     """Where the networks are."""
     return next((parameter.device for parameter in first_parameters(critics)), torch.device("cpu"))
+
+
+def _in_bytes(sampler: ClusterSampler) -> tuple[Any, ...]:
+    """For another process, which would share the memory of tensors, and the changes to it, without this."""
+    return pickle.loads, (pickle.dumps(sampler),)
+
+
+ForkingPickler.register(ClusterSampler, _in_bytes)

@@ -159,6 +159,19 @@ def test_a_loss_with_values_of_states_alone_is_refused() -> None:
 
 
 @quiet
+def test_sent_through_a_queue_it_shares_nothing(critics: Critics) -> None:
+    sampler = ClusterSampler(2, refresh=Every(10**9), seed=0)
+    buffer = filled(sampler)
+    sampler.attach(critics)
+    buffer.sample()
+    before = sampler.responsibilities.clone()
+    queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    queue.put(sampler)
+    queue.get()._written(torch.arange(20))
+    assert torch.equal(sampler.responsibilities, before)
+
+
+@quiet
 def test_pickled_it_holds_no_transform(critics: Critics) -> None:
     sampler = ClusterSampler(2, seed=0)
     buffer = filled(sampler)
