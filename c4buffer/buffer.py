@@ -280,7 +280,11 @@ class ClusteredReplayBuffer:
         self._taken_in = self._storage.written
 
     def attach(self, critics: Critics) -> None:
-        """From now on, `sample` re-clusters by these critics when the refresh policy says so."""
+        """From now on, `sample` re-clusters by these critics when the refresh policy says so.
+
+        Raises:
+            ValueError: for anything but `Critics`.
+        """
         self._critics = _checked_critics(critics)
 
     @outside_inference_mode
@@ -439,18 +443,21 @@ class ClusteredReplayBuffer:
 
     @property
     def responsibilities(self) -> Tensor:
-        """r, [N, K], as it stands: rows that no refresh has seen have r_i = p."""
+        """r, [N, K], as it stands: rows that no refresh has seen have r_i = p. ValueError before the first refresh."""
         self._catch_up()
         return self._rows.sampler.responsibilities
 
     @property
     def probabilities(self) -> Tensor:
-        """p_z = mean_i r_iz, [K], float64, before any dissolving."""
+        """p_z = mean_i r_iz, [K], float64, before any dissolving. ValueError before the first refresh."""
         return self._rows.sampler.probabilities
 
     @property
     def cluster_sizes(self) -> Tensor:
-        """N p_z, [K], float64: the number of transitions in each cluster (fractional when soft)."""
+        """N p_z, [K], float64: the number of transitions in each cluster (fractional when soft).
+
+        ValueError before the first refresh.
+        """
         return len(self) * self.probabilities
 
     @property

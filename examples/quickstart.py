@@ -4,7 +4,7 @@
     python examples/quickstart.py --updates 4000             # a first look
     python examples/quickstart.py --data medium-replay       # where plain TD3+BC does not break
 
-Writes a table and three pictures to results/quickstart/.
+Prints a table; writes three pictures and runs.json, with settings and all that was measured, to results/quickstart/.
 """
 
 from __future__ import annotations

@@ -49,6 +49,9 @@ def covariance_penalty(target_gradients: Tensor, gradients: Tensor, *, trace_wei
         target_gradients: g', [B, D].
         gradients: g, [B, D].
         trace_weight: beta.
+
+    Raises:
+        ValueError: for shapes that differ or fewer than two rows.
     """
     _check_pair(target_gradients, gradients)
     rows, columns = gradients.shape
@@ -76,6 +79,9 @@ def decompose_cross_covariance(
         target_gradients: g', [N, D].
         gradients: g, [N, D].
         responsibilities: r, [N, K], rows that sum to one.
+
+    Raises:
+        ValueError: for shapes that differ, fewer than two rows, and responsibilities that are none.
     """
     _check_pair(target_gradients, gradients)
     check_responsibilities(responsibilities, len(gradients))

@@ -44,6 +44,9 @@ class ACTIVEConfig(LearnableConfig):
         actor_optim_factory, critic_optim_factory: their optimizers.
         actor_encoder_factory, critic_encoder_factory, value_encoder_factory: their networks.
         batch_size, gamma: of the updates, and of the return.
+
+    Raises:
+        ValueError: for values outside their ranges.
     """
 
     actor_learning_rate: float = 3e-4

@@ -55,6 +55,11 @@ class C4Config(LearnableConfig):
         trace_weight: beta, for the gradient penalty.
         next_action: a' of g', from the "dataset" or the "policy".
         seed: of the buffer. None: torch's initial seed.
+
+    The penalty is `CovariancePenalty`'s; `penalty_scale` and `trace_weight` are of the gradient penalty alone.
+
+    Raises:
+        ValueError: for values outside their ranges, and for fields that belong to `base`.
     """
 
     base: Optional[LearnableConfig] = dataclasses.field(

@@ -25,6 +25,13 @@ def transitions_of(dataset: ReplayBufferBase, algo: Any = None) -> Transitions:
     and next action; a row that is not followed by its episode's next step, as an episode may be there twice, has a
     timeout. With `algo`, its observation, action and reward scalers are applied (they must have been fitted), and the
     tensors are on its device: what the algorithm's networks see.
+
+    Args:
+        dataset: N transitions.
+        algo: with fitted scalers; None for the data as they are, on the processor.
+
+    Raises:
+        ValueError: for a dataset of two parts or without transitions, and for scalers that are not fitted.
     """
     columns = _columns_of(dataset)
     for name in ("observations", "next_observations"):

@@ -78,6 +78,9 @@ def critics_of(algo: Any, *, next_action: str = "dataset") -> Critics:
     Args:
         algo: with an ensemble of Q-functions.
         next_action: a' of g': "dataset" for the data's, "policy" for the policy's best action.
+
+    Raises:
+        ValueError: for an algorithm without networks or without Q-functions.
     """
     check_choice("next_action", next_action, ("dataset", "policy"))
     if getattr(algo, "impl", None) is None:

@@ -32,16 +32,7 @@ TRIES = 8  # to find rows of a cluster that can be sampled, before all are looke
 
 
 class _Clustered(ReplayBuffer):
-    """What the four buffers share.
-
-    Args:
-        n_clusters: K. With one, batches are the host's own. "auto": at each clustering the K of the lowest BIC.
-        embedding: what is clustered, "gradients" or "features".
-        refresh_interval: batches between clusterings, over the ends of `learn`s too. None: max(1000, N // 10).
-        assignment: "soft" or "hard".
-        replacement: within a cluster. Without it, batches are the host's own until there are rows for one.
-        c4_seed: of the buffer's own generator. None: the model's seed, or torch's initial one.
-    """
+    """What the four buffers share; their arguments are told at the first, `ClusteredReplayBuffer`."""
 
     _critics: Critics | None
     _network: weakref.ref[Any] | None  # of the critics that rows were clustered by
@@ -325,11 +316,21 @@ class ClusteredReplayBuffer(_Clustered):
         clustered = dict(replay_buffer_class=ClusteredReplayBuffer, replay_buffer_kwargs=dict(n_clusters=3))
         model = SAC("MlpPolicy", env, **clustered)
         model.learn(100_000, callback=C4Callback())
+
+    Args:
+        n_clusters: K, 3 unless given. With one, batches are the host's own. "auto": at each clustering the K of the
+            lowest BIC.
+        embedding: what is clustered, "gradients" (unless given) or "features".
+        refresh_interval: batches between clusterings, over the ends of `learn`s too. None: max(1000, N // 10).
+        assignment: "soft" (unless given) or "hard".
+        replacement: within a cluster, True unless given. Without it, batches are the host's own until there are rows
+            for one.
+        c4_seed: of the buffer's own generator. None: the model's seed, or torch's initial one.
     """
 
 
 class ClusteredDictReplayBuffer(_Clustered, DictReplayBuffer):
-    """The same for dictionaries of observations ("MultiInputPolicy")."""
+    """The same, arguments too, for dictionaries of observations ("MultiInputPolicy")."""
 
 
 class ClusteredNStepReplayBuffer(_Clustered, NStepReplayBuffer):
