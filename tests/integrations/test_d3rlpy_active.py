@@ -42,7 +42,7 @@ from .test_d3rlpy import (
     torch_batch_of,
     transitions_of_rows,
 )
-from .test_d3rlpy_host import FirstOf, image_episodes, pixel_config
+from .test_d3rlpy_host import First, image_episodes, pixel_config
 from .test_d3rlpy_mixed import of_two_parts
 from .test_d3rlpy_user import ONE
 
@@ -782,21 +782,6 @@ def test_h_d_of_images_is_estimated() -> None:
     dataset = dataset_of(image_episodes(discrete=False))
     algo = built(pixel_config(ACTIVEConfig), dataset)
     assert np.isfinite(algo.estimate_likelihood_target(dataset, updates=2))
-
-
-@dataclasses.dataclass()
-class First(VectorEncoderFactory):
-    """Encodes the first part of two alone."""
-
-    def create(self, observation_shape: Any) -> Any:
-        return FirstOf(super().create(observation_shape[0]))
-
-    def create_with_action(self, observation_shape: Any, action_size: int, discrete_action: bool = False) -> Any:
-        return FirstOf(super().create_with_action(observation_shape[0], action_size, discrete_action))
-
-    @staticmethod
-    def get_type() -> str:
-        return "first_of_two"
 
 
 def test_h_d_of_observations_of_several_parts_is_estimated() -> None:

@@ -140,25 +140,11 @@ def test_tuple_observations_train_and_their_scaler_is_applied(drawn: list[Transi
     ]
     dataset = dataset_of(parts)
 
-    @dataclasses.dataclass()
-    class Sum(VectorEncoderFactory):
-        """Encodes the first part alone."""
-
-        def create(self, observation_shape: Any) -> Any:
-            return FirstOf(super().create(observation_shape[0]))
-
-        def create_with_action(self, observation_shape: Any, action_size: int, discrete_action: bool = False) -> Any:
-            return FirstOf(super().create_with_action(observation_shape[0], action_size, discrete_action))
-
-        @staticmethod
-        def get_type() -> str:
-            return "first_of_tuple"
-
     scaler = TupleObservationScaler([StandardObservationScaler(), StandardObservationScaler()])
     config = small(
         TD3PlusBCConfig,
-        actor_encoder_factory=Sum([16, 16]),
-        critic_encoder_factory=Sum([16, 16]),
+        actor_encoder_factory=First([16, 16]),
+        critic_encoder_factory=First([16, 16]),
         observation_scaler=scaler,
     )
     algo = C4Config(base=config, n_clusters=2, refresh_interval=3, penalty_every=1, seed=0).create()
@@ -169,6 +155,21 @@ def test_tuple_observations_train_and_their_scaler_is_applied(drawn: list[Transi
     everything = transitions_of(dataset, algo).observations
     assert all(float(leaf.mean().abs()) < 0.2 for leaf in everything)
     assert all(torch.equal(batch.observations[0], everything[0][batch.indices]) for batch in drawn)
+
+
+@dataclasses.dataclass()
+class First(VectorEncoderFactory):
+    """Encodes the first part of a tuple alone."""
+
+    def create(self, observation_shape: Any) -> Any:
+        return FirstOf(super().create(observation_shape[0]))
+
+    def create_with_action(self, observation_shape: Any, action_size: int, discrete_action: bool = False) -> Any:
+        return FirstOf(super().create_with_action(observation_shape[0], action_size, discrete_action))
+
+    @staticmethod
+    def get_type() -> str:
+        return "first_of_tuple"
 
 
 class FirstOf(torch.nn.Module):
