@@ -133,9 +133,9 @@ class _Clustered(ReplayBuffer):
 
     @property
     def probabilities(self) -> torch.Tensor:
-        """p_z, [K]: the shares of the clusters."""
-        if self._critics is None or self._sampler is None or not self._sampler.clustered:
-            fail("probabilities", "a bound buffer that has been clustered", "one without clusters")
+        """p_z, [K]: the shares of the clusters, those of the last `learn` after it."""
+        if self._sampler is None or not self._sampler.clustered:
+            fail("probabilities", "a buffer that has been clustered", "one without clusters")
         return self._sampler.probabilities
 
     def add(self, *arguments: Any, **options: Any) -> None:

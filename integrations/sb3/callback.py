@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ from .reading import critics_of, optimizer_of, transitions_of_samples
 from .worn import Worn, worn_over
 
 ATTACHED: weakref.WeakKeyDictionary[Any, _Attachment] = weakref.WeakKeyDictionary()
+# Of each model, the steps of its critic with a penalty attached.
+STEPS: weakref.WeakKeyDictionary[Any, itertools.count[int]] = weakref.WeakKeyDictionary()
 
 
 class C4Callback(BaseCallback):
@@ -30,7 +33,7 @@ class C4Callback(BaseCallback):
 
     Args:
         penalty: `(critics, batch) -> scalar`, as CovariancePenalty(0.1, scale="relative"). None for batches alone.
-        penalty_every: on every k-th step of the critic, with k times the weight.
+        penalty_every: on every k-th step of the critic, with k times the weight, counted on from `learn` to `learn`.
         verbose: as in every callback of SB3.
 
     .. code-block:: python
@@ -185,8 +188,8 @@ class _Attachment:
         self.optimizer = optimizer_of(model)
         self.shared = _shared_parameters(model)
         self.before: Any = None
-        self.steps = 0
-        self.warned = False
+        self.steps = STEPS.setdefault(model, itertools.count())
+        self.heard = self.warned = False
         self.last_penalty: torch.Tensor | None = None
         self.buffer.bind(critics, seed=model.seed)
         if penalty is not None:
@@ -199,7 +202,8 @@ class _Attachment:
         batch = self.buffer.take_batch()
         if batch is None:  # cleared once more, without a new batch
             return
-        due, self.steps = self.steps % self.every == 0, self.steps + 1
+        self.heard = True
+        due = next(self.steps) % self.every == 0
         if not due or getattr(self.penalty, "weight", 1) == 0:
             return
         parameters = [
@@ -230,7 +234,7 @@ class _Attachment:
 
     def check_heard(self) -> None:
         """After a `train`: a UserWarning, once, where no penalty could be added."""
-        if self.penalty is not None and self.steps == 0 and not self.warned and self.buffer.take_batch() is not None:
+        if self.penalty is not None and not (self.heard or self.warned) and self.buffer.take_batch() is not None:
             self.warned = True
             warnings.warn(
                 "no penalty is added: train draws batches, but does not clear gradients by the zero_grad of the "

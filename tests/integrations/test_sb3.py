@@ -345,6 +345,23 @@ def test_the_penalty_is_put_on_every_kth_step() -> None:
     assert [n - seen[0] for n in seen] == [0, 3, 6]
 
 
+@pytest.mark.parametrize("pieces", [[12], [1] * 12, [5, 7]])
+def test_the_penaltys_steps_are_counted_on_however_a_training_is_cut(pieces: list[int]) -> None:
+    calls = []
+
+    class Counting(CovariancePenalty):
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            calls.append(1)
+            return super().__call__(*arguments, **options)
+
+    model = clustered(SAC, n_clusters=1).learn(30, callback=C4Callback())
+    for steps in pieces:
+        with attached(model, Counting(0.1), penalty_every=4):
+            model.train(gradient_steps=steps, batch_size=16)
+        model.learn(steps, callback=C4Callback(Counting(0.1), penalty_every=4), reset_num_timesteps=False)
+    assert len(calls) == 6
+
+
 def test_without_a_callback_one_warning_says_that_sampling_is_uniform() -> None:
     with pytest.warns(UserWarning, match="sampling stays uniform until the buffer knows the critics"):
         model = clustered(SAC).learn(25)
@@ -747,7 +764,7 @@ def test_what_does_not_fit_is_refused() -> None:
         C4Callback(penalty_every=0)
     with pytest.raises(ValueError, match="n_clusters: expected at most the 500 transitions of the buffer, got 501"):
         clustered(SAC, n_clusters=501)
-    with pytest.raises(ValueError, match="probabilities: expected a bound buffer"):
+    with pytest.raises(ValueError, match="probabilities: expected a buffer"):
         _ = clustered(SAC).replay_buffer.probabilities
 
 

@@ -259,7 +259,7 @@ def test_bound_buffers_cluster_anew_after_other_rows_came(tmp_path: Path) -> Non
         model.train(1, 8)
         assert model.replay_buffer.cluster >= 0
         load_replay_buffer(model, tmp_path / "buffer")
-        with pytest.raises(ValueError, match="probabilities: expected a bound buffer that has been clustered"):
+        with pytest.raises(ValueError, match="probabilities: expected a buffer that has been clustered"):
             _ = model.replay_buffer.probabilities
         model.train(1, 8)
         assert model.replay_buffer.probabilities.shape == (3,)
@@ -419,7 +419,7 @@ def test_a_bound_buffer_that_is_filled_anew_is_clustered_anew() -> None:
         model.replay_buffer.sample(16)
         assert len(model.replay_buffer.probabilities) == 3
         fill_replay_buffer(model, IN_THE_BOX.replace(observations=IN_THE_BOX.observations + 1))
-        with pytest.raises(ValueError, match="probabilities: expected a bound buffer that has been clustered"):
+        with pytest.raises(ValueError, match="probabilities: expected a buffer that has been clustered"):
             _ = model.replay_buffer.probabilities
 
 
