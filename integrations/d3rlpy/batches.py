@@ -272,7 +272,7 @@ class MixedBatches:
     def __init__(self, dataset: MixedReplayBuffer, algo: Any, *, n_steps: int | None = None) -> None:
         self._ratio = dataset._secondary_mix_ratio
         if n_steps is not None and self._ratio > 0:
-            check_secondary(dataset.secondary_replay_buffer, algo)
+            check_secondary(dataset.secondary_replay_buffer)
         self.primary = Batches(dataset.primary_replay_buffer, algo, n_steps=n_steps)
         self.secondary = Batches(dataset.secondary_replay_buffer, algo, seed_offset=SECOND)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,7 @@ class C4Impl(QLearningAlgoImplBase):
     _c4_settings: tuple[Any, ...]  # what it was made of
     _c4_every: int
     _c4_due: bool
+    _c4_heard: bool  # whether the penalty has ever been asked for, or missed
     _c4_shares: bool
     _c4_discrete: bool
     _c4_penalties: list[torch.Tensor]  # of the running update, where no loss record takes them
@@ -49,10 +51,22 @@ class C4Impl(QLearningAlgoImplBase):
         off = isinstance(weight, (int, float)) and weight == 0
         self._c4_due = not off and grad_step % self._c4_every == 0
         self._c4_penalties.clear()
+        before = None if self._c4_heard or not self._c4_due else self._c4_versions()
         metrics: dict[str, float] = super().inner_update(batch, grad_step)
+        if before is not None and not self._c4_heard and before != self._c4_versions():
+            self._c4_heard = True
+            name = type(self).__bases__[1].__name__
+            warnings.warn(
+                f"no penalty is added: {name} trains its critic without compute_critic_loss or compute_loss",
+                stacklevel=2,
+            )
         for penalty in self._c4_penalties:
             metrics["c4_penalty"] = float(penalty)
         return metrics
+
+    def _c4_versions(self) -> list[int]:
+        """They change when an optimizer has stepped: some algorithms leave their critic as it is at first."""
+        return [parameter._version for parameter in self.modules.q_funcs.parameters()]
 
     def compute_critic_loss(self, batch: TorchMiniBatch, q_tpn: torch.Tensor) -> Any:
         """The loss of an actor-critic's critic, with the penalty when it is due."""
@@ -65,6 +79,7 @@ class C4Impl(QLearningAlgoImplBase):
     def _c4_penalised(self, compute: Callable[..., Any], batch: TorchMiniBatch, q_tpn: torch.Tensor) -> Any:
         if not self._c4_due:
             return compute(batch, q_tpn)
+        self._c4_heard = True
         options: dict[str, Any] = {}
         if self._c4_shares and takes_values(self.c4_penalty):
             with values_kept(self.modules.q_funcs, batch) as (copies, values):
@@ -89,7 +104,7 @@ class C4Impl(QLearningAlgoImplBase):
 def arm_impl(impl: Any, config: C4Config) -> None:
     impl._c4_discrete = is_discrete(impl)
     impl._c4_shares = can_be_shared(impl.modules.q_funcs)
-    impl._c4_due = False
+    impl._c4_due = impl._c4_heard = False
     impl._c4_penalties = []
     impl._c4_settings = ()
     impl._c4_made = impl.c4_penalty = None

@@ -403,16 +403,6 @@ def test_a_wrong_field_is_refused_by_name_and_the_algorithm_stays_as_it_was(conf
 
 
 @pytest.mark.parametrize("config", ALL)
-def test_fewer_rows_than_clusters_are_refused_and_the_networks_stay_as_they_were(config: type) -> None:
-    dataset = dataset_of(episodes(1, discrete=config in DISCRETE))
-    algo = built(C4Config(base=small(config), n_clusters=21), dataset)
-    before = state_of(algo)
-    with pytest.raises(ValueError, match="n_clusters: expected at most the 20 transitions held, got 21"):
-        algo.fit(dataset, n_steps=1, n_steps_per_epoch=1, **QUIET)
-    assert same_state(before, state_of(algo))
-
-
-@pytest.mark.parametrize("config", ALL)
 def test_a_dataset_without_transitions_is_refused(config: type) -> None:
     step = episodes(1, steps=1, discrete=config in DISCRETE)[0]
     empty = dataset_of([dataclasses.replace(step, terminated=False)])
