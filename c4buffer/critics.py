@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from ._checks import fail, shape_of
 from .networks import evaluating, modules_behind
-from .observations import Observations, map_observations
+from .observations import Observations, map_observations, observation_leaves
 from .transitions import Transitions
 
 
@@ -85,7 +86,7 @@ class Critics:
         actions = batch.next_actions
         if self.policy is not None:
             with torch.no_grad():
-                actions = self.policy(batch.next_observations)
+                actions = _given(self.policy, batch.next_observations, name="policy")
             shape = batch.actions.shape
             column = not batch.actions.is_floating_point() and getattr(actions, "shape", None) == (*shape, 1)
             if not isinstance(actions, Tensor) or not (actions.shape == shape or column):
@@ -121,11 +122,26 @@ def member_values(critic: Any, observations: Observations, actions: Tensor, *, n
     discrete = not actions.is_floating_point()
     values = []
     for member in members_of(critic):
-        output = member(observations) if discrete else member(observations, actions)
+        inputs = (observations,) if discrete else (observations, actions)
+        output = _given(member, *inputs, name=name)
         parts = list(output) if isinstance(output, (list, tuple)) else [output]
         for part in parts:
             values += _rows_of(part, actions, name=name) if discrete else _columns_of(part, len(actions), name=name)
     return values
+
+
+def _given(network: Callable[..., Any], *inputs: Any, name: str) -> Any:
+    """network(*inputs); ValueError where it fails because its parameters are of another precision."""
+    try:
+        return network(*inputs)
+    except RuntimeError:
+        given = {leaf.dtype for part in inputs for leaf in observation_leaves(part) if leaf.is_floating_point()}
+        parameters = itertools.chain(*(module.parameters() for module in modules_behind(network)))
+        own = {parameter.dtype for parameter in parameters if parameter.is_floating_point()}
+        if given <= own or not own:
+            raise
+        expected, got = (", ".join(sorted(map(str, dtypes))) for dtypes in (own, given))
+        fail(name, f"transitions of its own {expected}", got)
 
 
 def _columns_of(output: Any, batch_size: int, *, name: str) -> list[Tensor]:

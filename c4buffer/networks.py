@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 MOST_PARTS = 1000  # of a container that is looked into; one of more is a log or a memory
 
@@ -47,24 +48,32 @@ def evaluating(modules: Iterable[nn.Module], *, and_others: bool = False) -> Ite
         modules: those that are known.
         and_others: any other that this thread calls meanwhile, too, from its call on.
     """
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.training = False
+    training: list[nn.Module] = []
+    hook: RemovableHandle | None = None
     here = threading.get_ident()
 
-    def met(module: nn.Module, _: Any) -> None:
+    def met(module: nn.Module, _: Any = None) -> None:
         if module.training and threading.get_ident() == here:
+            training.append(module)  # first, so that an interrupt between the two loses nothing
             module.training = False
-            training.append(module)
 
-    hook = register_module_forward_pre_hook(met) if and_others else None
-    try:
-        yield
-    finally:
+    def restore() -> None:
         if hook is not None:
             hook.remove()
         for module in training:
             module.training = True
+
+    try:
+        for module in modules:
+            met(module)
+        hook = register_module_forward_pre_hook(met) if and_others else None
+        yield
+    finally:
+        try:
+            restore()
+        except BaseException:  # Ctrl-C: once more, from its beginning
+            restore()
+            raise
 
 
 def _closed_over(function: FunctionType) -> Iterator[Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._checks import fail, shape_of
 from .fields import as_tensor
 from .observations import Observations
 from .transitions import Transitions
@@ -22,13 +23,16 @@ def step_of(
     What is float64 and no tensor comes in torch's default dtype. The next actions are the rows' own, and
     `has_next_actions` is 0.
     """
-    single = as_tensor("rewards", rewards).ndim == 0
+    environments = as_tensor("rewards", rewards).shape[:1]  # [] of one, whose reward is a scalar
 
     def rows(name: str, value: Any) -> Tensor:
         tensor = as_tensor(name, value)
         if tensor.dtype == torch.float64 and not isinstance(value, Tensor):
             tensor = tensor.to(torch.get_default_dtype())  # environments give float64, networks take float32
-        return tensor.unsqueeze(0) if single else tensor
+        if tensor.shape[: len(environments)] != environments:
+            expected = f"an axis of {environments[0]} first, like rewards (a scalar is one environment's)"
+            fail(name, expected, shape_of(tensor))
+        return tensor if environments else tensor.unsqueeze(0)
 
     actions, rewards = rows("actions", actions), rows("rewards", rewards)
     timeouts = rewards.new_zeros(len(rewards)) if timeouts is None else rows("timeouts", timeouts)
@@ -40,7 +44,7 @@ def step_of(
         terminals=rows("terminals", terminals),
         timeouts=timeouts,
         next_actions=actions,
-        has_next_actions=rewards.new_zeros(len(actions)),
+        has_next_actions=torch.zeros_like(rewards),
     )
     # The constructor closes a last row that is still open; here its episode goes on.
     return Transitions.unchecked({**dict(step.columns()), "timeouts": timeouts.reshape(-1).to(step.timeouts)})

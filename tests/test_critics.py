@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import c4buffer.memory
 from c4buffer import CovariancePenalty, Critics, Transitions, diagnose, stacked_features, stacked_gradients
+from c4buffer.networks import evaluating
 from c4buffer.stacking import rows_for
 
 
@@ -22,6 +23,24 @@ from c4buffer.stacking import rows_for
 def batch(make_transitions: Callable[..., Transitions]) -> Transitions:
     """12 float64 transitions, every fifth terminal."""
     return make_transitions(12, dtype=torch.float64)
+
+
+def test_transitions_of_another_precision_than_the_networks_are_refused(batch: Transitions) -> None:
+    def total(observations: Tensor, actions: Tensor) -> Tensor:
+        return observations.sum(dim=1)
+
+    q = nn.Bilinear(3, 2, 1)
+    for critics, name in [
+        (Critics(q, total), "critic"),
+        (Critics(lambda observations, actions: q(observations, actions), total), "critic"),
+        (Critics(q, [q]), "target"),
+        (Critics(q, q, policy=nn.Linear(3, 2)), "policy"),
+    ]:
+        message = f"^{name}: expected transitions of its own torch.float32, got torch.float64$"
+        with pytest.raises(ValueError, match=message):
+            CovariancePenalty(0.1)(critics, batch)
+    with pytest.raises(RuntimeError, match="size"):
+        CovariancePenalty(0.1)(Critics(nn.Bilinear(5, 2, 1).double(), total), batch)
 
 
 # What is left alone
@@ -301,6 +320,28 @@ def test_a_network_that_is_put_in_place_of_another_is_read_in_eval_mode(batch: T
     stacked_gradients(critics, batch)
     agent.q = nn.Sequential(nn.Linear(5, 64), nn.Dropout(0.5), nn.Linear(64, 1))
     assert torch.equal(stacked_gradients(critics, batch), stacked_gradients(critics, batch))
+
+
+@pytest.mark.parametrize("mode", [False, True], ids=["on the way in", "on the way out"])
+def test_an_interrupt_leaves_no_network_in_eval_mode(mode: bool) -> None:
+    class Interrupted(torch.nn.Linear):
+        armed = False
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            if name == "training" and value is mode and self.armed:
+                Interrupted.armed = False
+                raise KeyboardInterrupt
+
+    for inside in ([Interrupted(2, 2)], []):  # what is known, and what is met only when it is called
+        others = [torch.nn.Linear(2, 2), torch.nn.Dropout(0.5)]
+        networks = [others[0], Interrupted(2, 2), others[1]]
+        Interrupted.armed = True
+        with pytest.raises(KeyboardInterrupt), evaluating(networks if inside else others, and_others=True):
+            networks[1](torch.zeros(1, 2))
+        assert all(network.training for network in networks)
+        torch.nn.Dropout(0.5)(torch.zeros(1))
+        assert not torch.nn.modules.module._global_forward_pre_hooks
 
 
 def test_networks_put_into_a_critic_later_are_evaluated_too() -> None:

@@ -64,6 +64,15 @@ def test_what_fits_no_row_is_named(name: str) -> None:
         step_of(**step)
 
 
+def test_an_axis_of_rewards_alone_is_refused() -> None:
+    buffer = ClusteredReplayBuffer(4)
+    for observation, action in [([0.0, 1.0, 2.0], 1), ([[0.0, 1.0, 2.0]], 1), ([0.0, 1.0, 2.0], [1])]:
+        name = "actions" if action == 1 else "observations"
+        with pytest.raises(ValueError, match=rf"^{name}: expected an axis of 1 first, like rewards .*, got \["):
+            buffer.add(observation, action, [0.5], observation, [False])
+    assert len(buffer) == 0
+
+
 @pytest.mark.parametrize(("held", "added"), [(torch.uint8, torch.float32), (torch.float32, torch.uint8)])
 def test_only_floats_are_cast_and_only_to_floats(held: torch.dtype, added: torch.dtype) -> None:
     buffer = ClusteredReplayBuffer(4)
