@@ -28,7 +28,7 @@ from .reduction import ReducedClusterer
 from .refresh import Every, OnDrift, RefreshPolicy, RefreshReport
 from .sampling import SingleClusterSampler
 from .stacking import stacked_features, stacked_gradients
-from .transitions import Transitions
+from .transitions import Transitions, ends_of
 
 __version__ = "0.1.0"
 
@@ -58,6 +58,7 @@ __all__ = [
     "cross_covariance",
     "decompose_cross_covariance",
     "diagnose",
+    "ends_of",
     "estimate_log_likelihood_target",
     "expectile_value_loss",
     "load_d4rl",

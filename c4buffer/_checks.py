@@ -87,6 +87,15 @@ def check_finite(argument: str, values: Tensor, *, hint: str = "") -> None:
         fail(argument, "finite values", f"{value} in row {first} ({len(bad)} of {len(values)} rows are bad){hint}")
 
 
+def check_matrix(argument: str, value: object) -> Tensor:
+    """The value, when it is a floating tensor [N, E] of finite numbers, not empty."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim != 2 or 0 in value.shape:
+        got = f"{value.dtype} {shape_of(value)}" if isinstance(value, Tensor) else type(value).__name__
+        fail(argument, "a floating tensor [N, E] with at least one row and column", got)
+    check_finite(argument, value)
+    return value
+
+
 def shape_of(tensor: Tensor) -> str:
     """A shape as text: [256, 11]."""
     return str(list(tensor.shape))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._checks import check_finite, check_integer, fail, shape_of
+from ._checks import check_finite, check_integer, check_matrix, fail, shape_of
 from .faiss_kmeans import faiss_kmeans
 from .scaling import column_scaling
 
@@ -105,17 +105,7 @@ class SklearnClusterer:
 
 def _standardised(embeddings: Tensor, dtype: torch.dtype) -> Tensor:
     """(x - mean) / scale, [N, E], computed in float64."""
-    if not isinstance(embeddings, Tensor) or not embeddings.is_floating_point() or embeddings.ndim != 2:
-        got = (
-            f"{embeddings.dtype} {shape_of(embeddings)}"
-            if isinstance(embeddings, Tensor)
-            else type(embeddings).__name__
-        )
-        fail("embeddings", "a floating tensor [N, E]", got)
-    if 0 in embeddings.shape:
-        fail("embeddings", "at least one row and column", shape_of(embeddings))
-    check_finite("embeddings", embeddings)
-    embeddings = embeddings.detach()
+    embeddings = check_matrix("embeddings", embeddings).detach()
     mean, scale = column_scaling(embeddings)
     return torch.cat([((part - mean) / scale).to(dtype) for part in embeddings.split(CHUNK_ROWS)])
 

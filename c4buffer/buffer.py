@@ -293,7 +293,7 @@ class ClusteredReplayBuffer:
 
         Raises:
             ValueError: from an empty buffer, or for more than it holds when drawing without replacement; and where
-                `refresh` raises, when one is due: with fewer transitions than clusters.
+                `refresh` raises, when one is due.
         """
         self._catch_up()
         batch_size = self._rows.sampler.check(batch_size)
@@ -339,8 +339,11 @@ class ClusteredReplayBuffer:
         """Cluster all transitions by the critics given, or by those attached. When it fails, batches go on as before.
 
         Raises:
-            ValueError: without critics; before any data; with fewer transitions than clusters; and for critics that
-                return a wrong shape or a value that is not finite.
+            ValueError: without critics; before any data; and for critics that return a wrong shape or a value that is
+                not finite.
+
+        Warns:
+            UserWarning: for fewer distinct embeddings than clusters; there are as many clusters then.
         """
         critics = _checked_critics(self._critics if critics is None else critics)
         self._catch_up()

@@ -69,7 +69,6 @@ class ClusteredRows:
         self.batches = 0
         self.last_report: RefreshReport | None = None
         self._embedding = embedding
-        self._fewest = n_clusters if clusterer is None and isinstance(n_clusters, int) else 1
         self._next_refresh = 0  # the batch before which one is due, where no policy was given
 
     def sample(self, batch_size: int) -> tuple[Tensor, int]:
@@ -99,8 +98,6 @@ class ClusteredRows:
         rows = self.sampler.size
         if rows == 0:
             fail("refresh", "transitions to cluster", "an empty buffer")
-        if rows < self._fewest:
-            fail("n_clusters", f"at most the {rows} transitions held", self._fewest)
         self.last_report = refreshed(
             self.sampler,
             self.clusterer,

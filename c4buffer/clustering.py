@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ._checks import check_finite, check_integer, fail
+from ._checks import check_integer, check_matrix, fail
 from .collective import Group, total
 from .expectation import Covariance
 from .memory import floats_at_once
@@ -93,7 +93,7 @@ class MixtureClusterer:
 
     def __call__(self, embeddings: Tensor, previous: Tensor | None = None) -> Tensor:
         """Responsibilities [N, K] of the rows of embeddings [N, E]."""
-        check_finite("embeddings", embeddings)
+        embeddings = check_matrix("embeddings", embeddings)
         last = self.mixture if self.warm_start and previous is not None else None
         rows = float(
             total(

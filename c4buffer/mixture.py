@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, check_finite, check_integer, check_number, fail, shape_of
+from ._checks import check_choice, check_finite, check_integer, check_matrix, check_number, fail, shape_of
 from .collective import Group, from_first, gathered, ranks_in
 from .expectation import Covariance, ExpectationMaximisation, Parameters
 from .faiss_kmeans import faiss_kmeans
@@ -274,8 +274,5 @@ def _parameters_for(em: ExpectationMaximisation, mixture: MixtureResult) -> Para
 
 
 def _checked_rows(X: Tensor) -> Tensor:
-    if not isinstance(X, Tensor) or not X.is_floating_point() or X.ndim != 2 or 0 in X.shape:
-        got = f"{X.dtype} {shape_of(X)}" if isinstance(X, Tensor) else type(X).__name__
-        fail("X", "a floating tensor [N, E] with at least one row and column", got)
-    check_finite("X", X)
+    X = check_matrix("X", X)
     return X.detach().float() if X.dtype in (torch.float16, torch.bfloat16) else X.detach()

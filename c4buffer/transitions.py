@@ -35,7 +35,8 @@ class Transitions:
     `intervals` rows on in the same episode; at an episode's end there is none, so the row's own action is stored and
     `has_next_actions` is 0. A last row that is neither terminal nor timeout counts as a timeout. Both happen here only,
     never in indexing, `concatenate` or sampling. Every row with a flag ends an episode: n-step records of others, whose
-    last n rows all have it, should come with their `next_actions`.
+    last n rows all have it, should come with their `next_actions`. Where an episode ends is read from the flags alone:
+    rows that do not follow each other want flags, see `ends_of`. Dtypes are kept: networks of float32 want float32.
 
     A batch drawn from a buffer also has `indices` [N] (rows of the buffer) and `cluster` (-1 before the first refresh).
 
@@ -215,7 +216,18 @@ COLUMNS = (
 
 
 def ends_of(transitions: Transitions) -> Tensor:
-    """Where the rows of a trajectory end, [N] bool: at a terminal, a timeout, and where the next row is not at s'."""
+    """Where the rows of a trajectory end, [N] bool: at a terminal, a timeout, and where the next row is not at s'.
+
+    So the ends of rows that were shuffled, or left out as `d4rl.qlearning_dataset` does at timeouts, can be marked:
+
+    >>> fields = dict(observations=[[0.0], [7.0], [8.0]], actions=[[0.1], [0.2], [0.3]], rewards=[0.0, 0.0, 0.0],
+    ...               next_observations=[[1.0], [8.0], [9.0]], terminals=[0, 0, 0])
+    >>> Transitions(**fields).has_next_actions  # the first row's is that of the second, a trajectory of its own
+    tensor([1., 1., 0.])
+    >>> ends = ends_of(Transitions(**fields))
+    >>> Transitions(**fields, timeouts=ends).has_next_actions
+    tensor([0., 1., 0.])
+    """
     ends = (transitions.terminals + transitions.timeouts) > 0
     pairs = zip(observation_leaves(transitions.next_observations), observation_leaves(transitions.observations))
     for after, now in pairs:

@@ -160,16 +160,18 @@ def test_without_faiss_it_can_be_made_but_not_called(monkeypatch: pytest.MonkeyP
 
 # Both
 
+MATRIX = "embeddings: expected a floating tensor [N, E] with at least one row and column"
+
 
 @pytest.mark.parametrize("clusterer", [FaissClusterer(2), SklearnClusterer(KMeans(2))], ids=lambda c: type(c).__name__)
 @pytest.mark.parametrize(
     ("embeddings", "message"),
     [
-        ([[0.0]], "embeddings: expected a floating tensor [N, E], got list"),
-        (torch.zeros(4), "embeddings: expected a floating tensor [N, E], got torch.float32 [4]"),
-        (torch.zeros(4, 2).long(), "embeddings: expected a floating tensor [N, E], got torch.int64 [4, 2]"),
-        (torch.zeros(0, 2), "embeddings: expected at least one row and column, got [0, 2]"),
-        (torch.zeros(4, 0), "embeddings: expected at least one row and column, got [4, 0]"),
+        ([[0.0]], f"{MATRIX}, got list"),
+        (torch.zeros(4), f"{MATRIX}, got torch.float32 [4]"),
+        (torch.zeros(4, 2).long(), f"{MATRIX}, got torch.int64 [4, 2]"),
+        (torch.zeros(0, 2), f"{MATRIX}, got torch.float32 [0, 2]"),
+        (torch.zeros(4, 0), f"{MATRIX}, got torch.float32 [4, 0]"),
         (
             torch.tensor([[0.0], [1.0], [torch.inf]]),
             "embeddings: expected finite values, got inf in row 2 (1 of 3 rows are bad)",

@@ -903,12 +903,23 @@ def test_a_refresh_needs_transitions() -> None:
         ClusteredReplayBuffer(5).refresh(CRITICS)
 
 
-def test_a_refresh_needs_as_many_transitions_as_clusters() -> None:
-    buffer = buffer_of(transitions(4), n_clusters=5)
-    with pytest.raises(ValueError, match=r"^n_clusters: expected at most the 4 transitions held, got 5$"):
-        buffer.refresh(CRITICS)
-    buffer.extend(transitions(4))
-    assert buffer.sample(4).cluster == -1
+def test_fewer_transitions_than_clusters_lower_k_until_there_are_more() -> None:
+    data = transitions(8)
+    buffer = buffer_of(data[:4], capacity=8, n_clusters=5)
+    with pytest.warns(UserWarning, match=r"^n_components: 5 components for 4 distinct rows; the mixture has 4\.$"):
+        assert buffer.refresh(CRITICS).sizes == (1.0,) * 4
+    buffer.extend(data[4:])
+    assert len(buffer.refresh(CRITICS).sizes) == 5
+
+
+def test_a_buffer_of_one_row_is_sampled() -> None:
+    buffer = ClusteredReplayBuffer(8, seed=0)
+    buffer.attach(CRITICS)
+    buffer.extend(transitions(1))
+    with pytest.warns(UserWarning, match="3 components for 1 distinct rows"):
+        assert buffer.sample(4).indices.tolist() == [0] * 4
+    buffer.extend(transitions(7))
+    assert set(buffer.sample(500).indices.tolist()) == set(range(8))
 
 
 @pytest.mark.parametrize("attached", [False, True])

@@ -218,6 +218,8 @@ def test_embeddings_that_are_not_finite_are_refused_and_the_mixture_stays() -> N
     with pytest.raises(ValueError, match=re.escape(message)):
         clusterer(bad)
     assert clusterer.mixture is mixture
+    with pytest.raises(ValueError, match=r"^embeddings: expected a floating tensor \[N, E\] .*, got ndarray$"):
+        clusterer(blobs().numpy())
 
 
 @pytest.mark.parametrize("n_clusters", [0, -1, 2.0, True, "Auto"])

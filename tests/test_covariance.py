@@ -177,6 +177,8 @@ def test_the_trace_counts_fully_by_default() -> None:
 
 @pytest.mark.parametrize("function", [cross_covariance, covariance_penalty])
 def test_pairs_that_do_not_fit_are_refused(function: Callable[..., Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"^gradients: expected a tensor \[B, D\], got ndarray$"):
+        function(torch.zeros(3, 2), np.zeros((3, 2)))
     shapes = re.escape("target_gradients and gradients: expected one shape [B, D], got [3, 2] and [3, 4]")
     with pytest.raises(ValueError, match=shapes):
         function(torch.zeros(3, 2), torch.zeros(3, 4))

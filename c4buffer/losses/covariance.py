@@ -248,6 +248,9 @@ def _centred(values: Tensor) -> Tensor:
 
 
 def _check_pair(target_gradients: Tensor, gradients: Tensor) -> None:
+    for name, value in (("target_gradients", target_gradients), ("gradients", gradients)):
+        if not isinstance(value, Tensor):
+            fail(name, "a tensor [B, D]", type(value).__name__)
     if gradients.ndim != 2 or target_gradients.shape != gradients.shape:
         fail(
             "target_gradients and gradients",

@@ -82,7 +82,8 @@ def critics_of(loss: LossModule, *, next_action: str = "policy") -> Critics:
     Args:
         loss: with a Q-network.
         next_action: a' of g': "policy" for the deterministic or likeliest action of the loss's target actor, or the
-            greedy action where there is no actor; "dataset" for the data's (see `transitions_of`).
+            greedy action where there is no actor; "dataset" for the data's, which batches must hold, too, for the
+            penalty (see `tensordict_of`): each row's own action stands in where they do not.
 
     Raises:
         ValueError: for a loss without a Q-network, and for a distributional one.

@@ -79,7 +79,6 @@ class BufferHistory(RuleBasedStateMachine):
     ) -> None:
         self.dtype, self.environments = dtype, environments
         self.assignment, self.replacement = assignment, replacement
-        self.fewest_rows = 2 if clusterer == "default" else 1
         self.buffer = ClusteredReplayBuffer(
             capacity,
             n_clusters=2,
@@ -132,7 +131,7 @@ class BufferHistory(RuleBasedStateMachine):
         fields = self.new_rows(count, distinct=distinct)
         self.buffer.extend(Transitions(**fields, next_actions=fields["actions"]))
 
-    @precondition(lambda self: len(self.rows) >= self.fewest_rows)
+    @precondition(lambda self: self.rows)
     @rule()
     def refresh(self) -> None:
         with rows_alike():
@@ -150,7 +149,7 @@ class BufferHistory(RuleBasedStateMachine):
         self.buffer.attach(self.critics)
         self.attached = True
 
-    @precondition(lambda self: self.rows and (len(self.rows) >= self.fewest_rows or not self.attached))
+    @precondition(lambda self: self.rows)
     @rule(batch_size=st.integers(1, 20))
     def sample(self, batch_size: int) -> None:
         if not self.replacement:
