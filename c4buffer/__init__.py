@@ -1,5 +1,6 @@
 """C4 and ACTIVE for offline reinforcement learning: a clustered replay buffer, and losses for loops that exist."""
 
+from . import plots
 from .backends import FaissClusterer, SklearnClusterer
 from .buffer import ClusteredReplayBuffer
 from .clustering import Clusterer, MixtureClusterer
@@ -64,6 +65,7 @@ __all__ = [
     "load_d4rl",
     "load_minari",
     "load_ogbench",
+    "plots",
     "sparse_value_loss",
     "stacked_features",
     "stacked_gradients",
