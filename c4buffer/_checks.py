@@ -41,7 +41,7 @@ def check_number(argument: str, value: object, *, minimum: float, exclusive: boo
     bound = "above" if exclusive else "at least"
     if isinstance(value, bool) or not isinstance(value, Real):
         fail(argument, f"a number {bound} {minimum:g}", repr(value))
-    number = float(value)
+    number = _as_float(value)
     inside = number > minimum if exclusive else number >= minimum
     if not inside or number == float("inf"):  # a NaN is never inside
         fail(argument, f"a finite number {bound} {minimum:g}", repr(value))
@@ -50,7 +50,15 @@ def check_number(argument: str, value: object, *, minimum: float, exclusive: boo
 
 def is_finite_number(value: object) -> bool:
     """A real number (no bool), not NaN and not infinite."""
-    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(_as_float(value))
+
+
+def _as_float(value: Real) -> float:
+    """Infinite where an integer is too large for a float."""
+    try:
+        return float(value)
+    except OverflowError:
+        return -math.inf if value < 0 else math.inf
 
 
 def check_fraction(argument: str, value: object, *, open_ends: bool = False) -> float:

@@ -97,6 +97,7 @@ class Partition:
         clusters, labels = len(self.ids), state["labels"]
         for name in ("sums", "squares", "counted", "p"):
             _check_form(name, state[name], (clusters,), torch.float64)
+            check_finite(name, state[name])
         if labels is not None:
             _check_form("labels", labels, (size,), torch.int64)
             if len(labels) and not -1 <= int(labels.min()) <= int(labels.max()) < clusters:

@@ -642,6 +642,8 @@ def test_a_single_transition_has_no_covariance(
         ({"weight": -1}, "weight: expected a finite number at least 0, got -1"),
         ({"weight": float("nan")}, "weight: expected a finite number at least 0, got nan"),
         ({"weight": float("inf")}, "weight: expected a finite number at least 0, got inf"),
+        ({"weight": 10**400}, "weight: expected a finite number at least 0, got 1000000"),
+        ({"weight": -(10**400)}, "weight: expected a finite number at least 0, got -1000000"),
         ({"weight": True}, "weight: expected a number at least 0, got True"),
         ({"weight": "0.1"}, "weight: expected a number at least 0, got '0.1'"),
         ({"weight": 1, "trace_weight": -0.5}, "trace_weight: expected a finite number at least 0, got -0.5"),

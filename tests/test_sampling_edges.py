@@ -124,6 +124,8 @@ DAMAGES: dict[str, tuple[dict[str, Any], Any, str]] = {
     "too few walks": (WALKS, lambda s: s["partition"].update(walks=s["partition"]["walks"][:1]), "walks"),
     "walks elsewhere": (WALKS, lambda s: s["partition"].update(walks=[torch.tensor([40])] * 2), "walks"),
     "not numbers": ({}, lambda s: s["partition"]["r"].fill_(torch.nan), "r"),
+    "shares that are no numbers": ({}, lambda s: s["partition"].update(p=torch.full((2,), torch.nan).double()), "p"),
+    "sums that are no numbers": ({}, lambda s: s["partition"]["sums"].fill_(torch.inf), "sums"),
     "responsibilities above one": ({}, lambda s: s["partition"]["r"].fill_(1.5), "r"),
     "dissolved clusters that are not there": (
         {},
