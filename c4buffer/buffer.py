@@ -154,7 +154,7 @@ class ClusteredReplayBuffer:
             "refresh": outline_of(refresh),
             "clusterer": None if clusterer is None else OWN,
             "max_dim": self._rows.clusterer.max_dim,
-            "reduction": reduction,
+            "reduction": self._rows.clusterer.reduction,
             "assignment": assignment,
             "replacement": bool(replacement),
             "trajectory_tail": bool(trajectory_tail),
@@ -316,8 +316,9 @@ class ClusteredReplayBuffer:
         Args:
             batch_size, steps: numbers of rows and of batches.
             prefetch: so many batches are drawn ahead: on a CUDA device, they are copied there on a stream of their own
-                while the training goes on (with storage="pinned"). Refreshes, additions and saves then come that many
-                batches early.
+                while the training goes on (with storage="pinned"). A refresh then reads critics that are that many
+                batches younger, rows that are added are drawn that many batches later, and a buffer that was saved goes
+                on after the batches drawn ahead.
 
         >>> rows = torch.zeros(10, 1)
         >>> data = Transitions(observations=rows, actions=rows, rewards=rows, next_observations=rows, terminals=rows)
@@ -359,7 +360,7 @@ class ClusteredReplayBuffer:
         """Copies of the transitions held at `indices` `start` to `stop` - 1, as batches have them, on `device`.
 
         Args:
-            start, stop: None for all that follow. The newest is the last as long as nothing has been overwritten.
+            start, stop: stop None for all that follow. The newest is the last as long as nothing has been overwritten.
 
         Raises:
             ValueError: for rows that are not held.
@@ -386,6 +387,7 @@ class ClusteredReplayBuffer:
         Raises:
             ValueError: without attached critics, before the first refresh, or for a clusterer without a likelihood.
         """
+        self._catch_up()
         return self._rows.log_likelihood_of(rows, _checked_critics(self._critics), self._gather, device=self.device)
 
     def seed(self, seed: int) -> None:
@@ -453,6 +455,7 @@ class ClusteredReplayBuffer:
     @property
     def probabilities(self) -> Tensor:
         """p_z = mean_i r_iz, [K], float64, before any dissolving. ValueError before the first refresh."""
+        self._catch_up()
         return self._rows.sampler.probabilities
 
     @property

@@ -82,8 +82,13 @@ def loaded(cls: Any, path: str | os.PathLike[str], options: dict[str, Any]) -> A
                 fail(name, "to be given, as the saved buffer had its own", "nothing")
         if isinstance(saved["refresh"], dict) and "refresh" not in options:
             saved["refresh"] = POLICIES[saved["refresh"]["policy"]](**saved["refresh"]["options"])
-        buffer = cls(**{**saved, **options})
     except (AttributeError, KeyError, TypeError) as error:
+        fail("path", "the state of a buffer", f"{path}: {error}")
+    try:
+        buffer = cls(**{**saved, **options})
+    except TypeError as error:
+        if options:  # it may be theirs
+            raise
         fail("path", "the state of a buffer", f"{path}: {error}")
     restore(buffer, state)
     if options.get("seed") is not None:

@@ -147,6 +147,14 @@ class ClusteredRows:
         self.sampler.forget_ahead()
         self.sampler.forget_walks()
 
+    def draw_from(self, generator: torch.Generator) -> None:
+        """Draw on from this one, on the CPU; where it stands elsewhere than the old, batches to come are drawn anew."""
+        if not torch.equal(generator.get_state(), self.generator.get_state()):
+            self.sampler.forget_ahead()
+            self.sampler.forget_walks()
+        self.clusterer.draw_from(generator, instead_of=self.generator)
+        self.generator = self.sampler.generator = generator
+
     def clear(self, holder: Any) -> None:
         """Nothing is held any more."""
         if isinstance(self.policy, OnDrift) and self.policy.serves(holder):

@@ -124,6 +124,12 @@ class MixtureClusterer:
         self.mixture = best
         return best.responsibilities
 
+    def draw_from(self, generator: torch.Generator) -> None:
+        """Start from this generator's numbers from now on."""
+        self.generator = generator
+        for gaussian_mixture in self._candidates:
+            gaussian_mixture.generator = generator
+
     def state_dict(self) -> dict[str, Any]:
         """The last mixture, which warm starts and `log_likelihood_of` need, and where the generator given stands."""
         mixture = self.mixture

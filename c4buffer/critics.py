@@ -79,14 +79,14 @@ class Critics:
 
     def inputs(self, batch: Transitions) -> tuple[Observations, Tensor]:
         """x = (s, a), with s encoded where there is an encoder."""
-        return self._encoded(batch.observations), batch.actions
+        return self._encoded(map_observations(_ordinary, batch.observations)), _ordinary(batch.actions)
 
     def next_inputs(self, batch: Transitions) -> tuple[Observations, Tensor]:
         """x' = (s', a'), with a' from the policy where there is one."""
-        actions = batch.next_actions
+        observations, actions = map_observations(_ordinary, batch.next_observations), _ordinary(batch.next_actions)
         if self.policy is not None:
             with torch.no_grad():
-                actions = _given(self.policy, batch.next_observations, name="policy")
+                actions = _given(self.policy, observations, name="policy")
             shape = batch.actions.shape
             column = not batch.actions.is_floating_point() and getattr(actions, "shape", None) == (*shape, 1)
             if not isinstance(actions, Tensor) or not (actions.shape == shape or column):
@@ -94,13 +94,18 @@ class Critics:
                 fail("policy", f"a tensor of actions {shape_of(batch.actions)}", got)
             if not batch.actions.is_floating_point():
                 actions = actions.reshape(shape).long()
-        return self._encoded(batch.next_observations), actions
+        return self._encoded(observations), actions
 
     def _encoded(self, observations: Observations) -> Observations:
         if self.encode is None:
             return observations
         with torch.no_grad():
             return self.encode(observations)
+
+
+def _ordinary(values: Tensor) -> Tensor:
+    """A copy of what was made under `torch.inference_mode`, which no graph can hold; the rest as it is."""
+    return values.clone() if values.is_inference() else values
 
 
 def check_critics(critics: object, expected: str = "a Critics record") -> Critics:

@@ -37,9 +37,10 @@ def embed_rows(
 ) -> tuple[Tensor, bool]:
     """The embeddings [rows, E] of the transitions that `read(start, stop)` gives, on `device`; whether projected.
 
-    Of more than 8,192 columns, `max_dim` are kept: of each half [g'] and [g], which stand for the same directions, the
-    same Gaussian random directions. Half precision is widened to float32, in which mixtures can be fitted. What a
-    policy draws comes from torch's generators seeded with 0, which stand afterwards as they stood before.
+    Of more than 8,192 columns, and more than `max_dim`, `max_dim` are kept: of each half [g'] and [g], which stand for
+    the same directions, the same Gaussian random directions. Half precision is widened to float32, in which mixtures
+    can be fitted. What a policy draws comes from torch's generators seeded with 0, which stand afterwards as they stood
+    before.
 
     Raises:
         ValueError: for a callable that returns something else, or values that are not finite.

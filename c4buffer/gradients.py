@@ -27,7 +27,7 @@ def differentiable_inputs(observations: Observations, actions: Tensor) -> tuple[
 
 
 def _differentiable(values: Tensor) -> Tensor:
-    return (values.clone() if values.is_inference() else values.detach()).requires_grad_()
+    return values.detach().requires_grad_()
 
 
 def flat_gradients(

@@ -37,9 +37,9 @@ def drawn_ahead(
         if ready is not None:
             current = torch.cuda.current_stream(device)
             current.wait_event(ready)
-            for _, value in batch.columns():
-                for leaf in observation_leaves(value):
-                    leaf.record_stream(current)  # its memory is not given away while this stream reads it
+            leaves = [leaf for _, value in batch.columns() for leaf in observation_leaves(value)]
+            for leaf in leaves if batch.indices is None else [*leaves, batch.indices]:
+                leaf.record_stream(current)  # its memory is not given away while this stream reads it
         return batch
 
     failed: Exception | None = None

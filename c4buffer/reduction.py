@@ -78,6 +78,11 @@ class ReducedClusterer:
         reduced = embeddings if self._map is None else _reduced(embeddings.detach(), *self._map)
         return float(self.clusterer.log_likelihood_of(reduced))
 
+    def draw_from(self, generator: torch.Generator, *, instead_of: torch.Generator) -> None:
+        """Give the inner clusterer another generator, if it has that of the buffer."""
+        if isinstance(self.clusterer, MixtureClusterer) and self.clusterer.generator is instead_of:
+            self.clusterer.draw_from(generator)
+
     def state_dict(self) -> dict[str, Any]:
         """The map of the last call, and the inner clusterer's state where it has one."""
         inner = self.clusterer.state_dict() if hasattr(self.clusterer, "state_dict") else None

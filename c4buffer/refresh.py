@@ -72,7 +72,7 @@ def refreshed(
         critics: the critic and its target.
         read: `read(start, stop)` gives these rows; they are read once and not kept.
         device: the critics'.
-        trajectories: of each row the number of its trajectory and its place there (see `SingleClusterSampler.assign`).
+        trajectories: of each row the number of its trajectory and its time (see `SingleClusterSampler.assign`).
 
     Raises:
         ValueError: for critics that return a wrong shape or a value that is not finite.
@@ -198,8 +198,9 @@ class OnDrift:
     @staticmethod
     def check_clusterer(clusterer: object) -> None:
         """ValueError for a clusterer that has no likelihood to compare; None is the default one."""
-        if clusterer is not None and not hasattr(clusterer, "log_likelihood_of"):
-            name = getattr(clusterer, "__name__", type(clusterer).__name__)
+        inner = getattr(clusterer, "clusterer", clusterer)  # of a ReducedClusterer, which has as much as its own has
+        if inner is not None and not hasattr(inner, "log_likelihood_of"):
+            name = getattr(inner, "__name__", type(inner).__name__)
             fail("clusterer", "one with log_likelihood_of(embeddings), by which OnDrift decides", name)
 
     def options(self) -> dict[str, Any]:

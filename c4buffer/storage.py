@@ -130,16 +130,22 @@ class RingStorage:
             name: take(value) if isinstance(value, Tensor) else map_observations(take, value)
             for name, value in self._columns.items()
         }
-        if self.target != self.device:
-            index = index.to(self.target)
-        return Transitions.unchecked(columns, indices=index, cluster=cluster)
+        return Transitions.unchecked(columns, indices=self.sent(index), cluster=cluster)
+
+    def sent(self, values: Tensor) -> Tensor:
+        """To `target`; by way of page-locked memory nothing waits for the copy."""
+        if self.target == self.device:
+            return values
+        if self.pinned and not values.is_pinned():
+            values = values.pin_memory()
+        return values.to(self.target, non_blocking=self.pinned)
 
     def _gathered(self, rows: Tensor, index: Tensor) -> Tensor:
         if self.target == self.device:
             return rows.index_select(0, index)
         taken = torch.empty(len(index), rows.shape[1], dtype=rows.dtype, pin_memory=self.pinned, device="cpu")
         torch.index_select(rows, 0, index, out=taken)
-        return taken.to(self.target, non_blocking=self.pinned)
+        return self.sent(taken)
 
     def column(self, name: str, slots: Tensor) -> Any:
         """Copies of one field of the rows in `slots`."""

@@ -52,6 +52,7 @@ class Windows:
             end = self.storage.gather(last)
             for name in ("next_observations", "terminals", "timeouts", "next_actions", "has_next_actions"):
                 columns[name] = getattr(end, name)
+            rewards, intervals = self.storage.sent(rewards), self.storage.sent(intervals)
             columns.update(rewards=rewards.to(first.rewards), intervals=intervals.to(first.intervals))
         if self.frame_stack > 1:
             columns["observations"] = self._stacked(columns["observations"], self._back(slots, self.frame_stack - 1))
@@ -97,7 +98,7 @@ class Windows:
                 if _is_image(leaf):
                     kept.append(leaf * there.to(leaf.device, leaf.dtype).view(-1, 1, 1, 1))
         joined = [
-            torch.cat([*(frame.to(leaf.device) for frame in kept), leaf], dim=1) if _is_image(leaf) else leaf
+            torch.cat([*map(self.storage.sent, kept), leaf], dim=1) if _is_image(leaf) else leaf
             for kept, leaf in zip(frames, leaves)
         ]
         return with_leaves(newest, joined)

@@ -31,6 +31,7 @@ from c4buffer import (
     GaussianMixture,
     MixtureClusterer,
     OnDrift,
+    ReducedClusterer,
     SklearnClusterer,
     Transitions,
     checkpoint,
@@ -185,6 +186,23 @@ def test_own_callables_are_asked_for_again(tmp_path: Path) -> None:
     twin = ClusteredReplayBuffer.load(tmp_path / "buffer", **options)
     twin.attach(critics())
     assert_goes_on(buffer, twin)
+
+
+def test_options_are_those_of_a_clusterer_that_reduces_itself() -> None:
+    options: dict[str, Any] = {"refresh": None, "max_dim": 9}
+    buffers = [
+        buffer_of(clusterer=ReducedClusterer(MixtureClusterer(3), max_dim=4, reduction=reduction), **options)
+        for reduction in ("pca", "projection")
+    ]
+    buffers[1].load_state_dict(buffers[1].state_dict())
+    with pytest.raises(ValueError, match="^reduction: expected 'pca', as in the state, got 'projection'"):
+        buffers[1].load_state_dict(buffers[0].state_dict())
+
+
+def test_an_option_that_is_none_of_a_constructors_is_not_the_files_fault(tmp_path: Path) -> None:
+    buffer_of().save(tmp_path / "buffer")
+    with pytest.raises(TypeError, match="NoneType"):
+        ClusteredReplayBuffer.load(tmp_path / "buffer", device=None)
 
 
 def test_a_warm_clusterer_of_the_callers_own_starts_where_it_was(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from c4buffer import CovariancePenalty, Critics, Transitions, stacked_gradients
+from c4buffer import CovariancePenalty, Critics, Transitions, diagnose, stacked_gradients
 
 from .conftest import MakeCritic, MakeTransitions
 
@@ -265,6 +265,24 @@ def test_transitions_made_in_inference_mode_have_gradients() -> None:
         batch = made()
     assert torch.equal(stacked_gradients(critics, batch), stacked_gradients(critics, made()))
     assert torch.equal(CovariancePenalty(1.0)(critics, batch), CovariancePenalty(1.0)(critics, made()))
+    features = Critics(critic, critic, features=lambda network, s, a: network(s, a))
+    penalties = [CovariancePenalty(1.0, kind="feature")(features, each) for each in (batch, made())]
+    assert torch.equal(*penalties)
+    penalties[0].backward()
+    assert diagnose(critics, batch).variance_cosine == diagnose(critics, made()).variance_cosine
+
+
+def test_discrete_transitions_made_in_inference_mode_have_gradients(
+    make_transitions: MakeTransitions, make_critic: MakeCritic
+) -> None:
+    critic = make_critic(3, outputs=2)
+    critics = Critics(critic, critic)
+    with torch.inference_mode():
+        batch = make_transitions(6, discrete=True)
+    usual = make_transitions(6, discrete=True)
+    assert batch.actions.is_inference()
+    assert torch.equal(stacked_gradients(critics, batch), stacked_gradients(critics, usual))
+    assert torch.equal(CovariancePenalty(1.0)(critics, batch), CovariancePenalty(1.0)(critics, usual))
 
 
 def test_a_policy_of_discrete_actions_may_return_any_whole_numbers(

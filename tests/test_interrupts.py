@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def test_an_interrupted_extension_is_taken_in_later(
     with contextlib.suppress(KeyboardInterrupt):
         buffer.extend(numbered(9).replace(rewards=torch.arange(100.0, 109)))
     monkeypatch.undo()
+    torch.testing.assert_close(copy.deepcopy(buffer).probabilities, buffer.responsibilities.double().mean(dim=0))
     buffer.save(tmp_path / "buffer")
     buffer = ClusteredReplayBuffer.load(tmp_path / "buffer")
     assert len(buffer) == 30

@@ -16,6 +16,7 @@ from c4buffer import (
     Every,
     MixtureClusterer,
     OnDrift,
+    ReducedClusterer,
     RefreshPolicy,
     Transitions,
     stacked_features,
@@ -313,6 +314,8 @@ def test_drift_needs_a_clusterer_with_a_likelihood(
     message = "clusterer: expected one with log_likelihood_of(embeddings), by which OnDrift decides, got Halves"
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         drifting(make_transitions, make_critic, clusterer=Halves())
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        drifting(make_transitions, make_critic, clusterer=ReducedClusterer(Halves()))
     buffer, _ = drifting(make_transitions, make_critic, refresh=None, clusterer=Halves())
     buffer.sample(8)
     with pytest.raises(

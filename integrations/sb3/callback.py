@@ -250,7 +250,8 @@ class _Attachment:
         return found
 
     def remove(self) -> None:
-        vars(self.optimizer).pop("zero_grad", None)
+        if self.penalty is not None:
+            vars(self.optimizer).pop("zero_grad", None)
         if self.before is not None:
             self.optimizer.zero_grad = self.before  # type: ignore[method-assign]
         if self.buffer.is_bound_to(self.critics):

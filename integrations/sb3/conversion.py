@@ -1,4 +1,4 @@
-"""What a model's replay buffer holds as Transitions, and back; and in a file without pickle."""
+"""What a model's replay buffer holds as Transitions, and back."""
 
 from __future__ import annotations
 

@@ -54,8 +54,8 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
         assignment: "soft" or "hard".
         replacement: within a cluster.
         keys: where the stored tensordicts have what.
-        seed: of the sampler's own generator. None: torch.initial_seed(). The buffer's `set_rng` sets it to where the
-            generator given stands, if that is on the CPU.
+        seed: of the sampler's own generator. None: torch.initial_seed(). With the buffer's `generator=` or `set_rng` it
+            draws from the one given instead, if that is on the CPU.
 
     .. code-block:: python
 
@@ -273,8 +273,7 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
     @_rng.setter
     def _rng(self, generator: torch.Generator | None) -> None:
         if generator is not None and generator.device.type == "cpu":
-            self._rows.generator.set_state(generator.get_state())  # the clusterer draws from it, too
-            self._rows.sampler.forget_ahead()
+            self._rows.draw_from(generator)
 
     def _options(self) -> dict[str, Any]:
         """Those that the meaning of a state depends on."""

@@ -263,6 +263,16 @@ def test_nothing_is_left_behind() -> None:
         interrupted()
     assert "zero_grad" not in vars(optimizer)
 
+    def patched(set_to_none: bool = True) -> None:
+        type(optimizer).zero_grad(optimizer, set_to_none)
+
+    optimizer.zero_grad = patched
+    for some in (None, penalty):
+        with attached(model, some):
+            model.train(gradient_steps=1, batch_size=16)
+        assert optimizer.zero_grad is patched
+    del optimizer.zero_grad
+
     class Stop(BaseCallback):
         def _on_step(self) -> bool:
             raise KeyboardInterrupt

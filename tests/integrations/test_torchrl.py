@@ -44,6 +44,7 @@ from c4buffer import (
     CovariancePenalty,
     Critics,
     Every,
+    MixtureClusterer,
     OnDrift,
     Transitions,
     diagnose,
@@ -541,8 +542,9 @@ def test_rows_that_another_buffer_wrote_lose_their_cluster(written: Any, critics
     assert not sampler.clustered
 
 
-def test_after_set_rng_the_same_batches_come_again(critics: Critics) -> None:
-    sampler = ClusterSampler(2, refresh=Every(10**9), seed=0)
+@pytest.mark.parametrize("replacement", [True, False])
+def test_after_set_rng_the_same_batches_come_again(replacement: bool, critics: Critics) -> None:
+    sampler = ClusterSampler(2, refresh=Every(10**9), replacement=replacement, seed=0)
     buffer = filled(sampler)
     sampler.attach(critics)
     buffer.sample()
@@ -618,6 +620,50 @@ def test_the_buffers_generator_sets_the_samplers(critics: Critics) -> None:
         return found
 
     assert drawn(1) == drawn(1) != drawn(2)
+
+
+@pytest.mark.parametrize("replacement", [True, False])
+@pytest.mark.parametrize("way", ["state_dict", "dumps", "pickle"])
+def test_with_the_buffers_generator_a_loaded_one_goes_on(
+    way: str, replacement: bool, critics: Critics, tmp_path: Path
+) -> None:
+    def made(seed: int) -> TensorDictReplayBuffer:
+        sampler = ClusterSampler(2, refresh=Every(20), replacement=replacement)
+        buffer = filled(sampler, generator=torch.Generator().manual_seed(seed))
+        sampler.attach(critics)
+        return buffer
+
+    buffer = made(1)
+    for _ in range(30):
+        buffer.sample()
+    if way == "state_dict":
+        state, other = buffer.state_dict(), made(2)
+        other.load_state_dict(state)
+    elif way == "dumps":
+        buffer.dumps(tmp_path)
+        other = made(2)
+        other.loads(tmp_path)
+    else:
+        other = pickle.loads(pickle.dumps(buffer))
+        other.sampler.attach(critics)
+    expected = [buffer.sample()["index"].tolist() for _ in range(40)]  # a refresh among them
+    assert [other.sample()["index"].tolist() for _ in range(40)] == expected
+
+
+def test_samplers_of_one_generator_draw_different_batches(critics: Critics) -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second = (filled(ClusterSampler(2), generator=generator) for _ in range(2))
+    assert first.sample()["index"].tolist() != second.sample()["index"].tolist()
+
+
+def test_a_clusterer_of_ones_own_keeps_its_generator(critics: Critics) -> None:
+    own, given = (torch.Generator().manual_seed(seed) for seed in (3, 4))
+    clusterer = MixtureClusterer(2, generator=own)
+    filled(ClusterSampler(2, clusterer=clusterer), generator=given)
+    assert clusterer.generator is own
+    drawn = ClusterSampler(2)
+    filled(drawn, generator=given)
+    assert drawn._rows.clusterer.clusterer.generator is drawn._rows.sampler.generator is given
 
 
 def test_global_generators_are_left_alone(critics: Critics) -> None:
