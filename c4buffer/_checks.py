@@ -107,3 +107,8 @@ def check_matrix(argument: str, value: object) -> Tensor:
 def shape_of(tensor: Tensor) -> str:
     """A shape as text: [256, 11]."""
     return str(list(tensor.shape))
+
+
+def shape_or_type(value: object) -> str:
+    """What came in place of a tensor of another shape."""
+    return shape_of(value) if isinstance(value, Tensor) else type(value).__name__

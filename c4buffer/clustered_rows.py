@@ -16,7 +16,7 @@ from .critics import Critics
 from .embedding import EMBEDDINGS, Embedding, embed_rows
 from .inference import in_full_precision
 from .partition import check_rows
-from .reduction import Reduction, reduced
+from .reduction import Reduction, reducing
 from .refresh import OnDrift, RefreshPolicy, RefreshReport, refreshed
 from .sampling import SingleClusterSampler
 from .transitions import Transitions
@@ -60,7 +60,7 @@ class ClusteredRows:
         if seed is not None:
             seed = check_integer("seed", seed, minimum=0)
         self.generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
-        self.clusterer = reduced(clusterer, n_clusters, generator=self.generator, max_dim=max_dim, reduction=reduction)
+        self.clusterer = reducing(clusterer, n_clusters, generator=self.generator, max_dim=max_dim, reduction=reduction)
         self.policy = refresh
         self.sampler = SingleClusterSampler(
             generator=self.generator, assignment="hard" if trajectory_tail else assignment, replacement=replacement

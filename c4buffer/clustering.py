@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_integer, check_matrix, fail
-from .collective import Group, total
+from .collective import Group, rows_in
 from .expectation import Covariance
 from .memory import floats_at_once
 from .mixture import GaussianMixture, MixtureResult, Start
@@ -95,11 +95,7 @@ class MixtureClusterer:
         """Responsibilities [N, K] of the rows of embeddings [N, E]."""
         embeddings = check_matrix("embeddings", embeddings)
         last = self.mixture if self.warm_start and previous is not None else None
-        rows = float(
-            total(
-                torch.tensor(float(len(embeddings)), dtype=torch.float64, device=embeddings.device), self.process_group
-            )
-        )
+        rows = rows_in(embeddings, self.process_group)
         best, lowest, worse = None, math.inf, 0
         for gaussian_mixture in self._candidates:
             if gaussian_mixture.n_components > rows and best is not None:

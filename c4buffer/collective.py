@@ -19,6 +19,11 @@ def total(values: Tensor, group: Group | None) -> Tensor:
     return values
 
 
+def rows_in(rows: Tensor, group: Group | None) -> float:
+    """How many rows all ranks have."""
+    return float(total(torch.tensor(float(len(rows)), dtype=torch.float64, device=rows.device), group))
+
+
 def gathered(rows: Tensor, group: Group | None) -> Tensor:
     """The rows [M, ...] of all ranks, one rank after the other, on each; M may differ."""
     if group is None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import fail, shape_of
+from ._checks import fail, shape_of, shape_or_type
 from .networks import evaluating, modules_behind
 from .observations import Observations, map_observations, observation_leaves
 from .transitions import Transitions
@@ -90,7 +90,7 @@ class Critics:
             shape = batch.actions.shape
             column = not batch.actions.is_floating_point() and getattr(actions, "shape", None) == (*shape, 1)
             if not isinstance(actions, Tensor) or not (actions.shape == shape or column):
-                got = shape_of(actions) if isinstance(actions, Tensor) else type(actions).__name__
+                got = shape_or_type(actions)
                 fail("policy", f"a tensor of actions {shape_of(batch.actions)}", got)
             if not batch.actions.is_floating_point():
                 actions = actions.reshape(shape).long()
@@ -159,7 +159,7 @@ def _columns_of(output: Any, batch_size: int, *, name: str) -> list[Tensor]:
         if output.ndim == 2 and output.shape[1] == batch_size:
             return list(output.unbind(0))
     expected = f"[B], [B, 1], [n, B] or [n, B, 1] with B = {batch_size} for continuous actions"
-    return fail(name, expected, shape_of(output) if isinstance(output, Tensor) else type(output).__name__)
+    return fail(name, expected, shape_or_type(output))
 
 
 def _rows_of(output: Any, actions: Tensor, *, name: str) -> list[Tensor]:
@@ -177,7 +177,7 @@ def _rows_of(output: Any, actions: Tensor, *, name: str) -> list[Tensor]:
                 raise
             fail("actions", f"numbers from 0 to {table.shape[2] - 1}, as {name} has them", f"{lowest} to {highest}")
     expected = f"[B, n_actions] or [n, B, n_actions] with B = {len(actions)} for discrete actions"
-    return fail(name, expected, shape_of(output) if isinstance(output, Tensor) else type(output).__name__)
+    return fail(name, expected, shape_or_type(output))
 
 
 def member_features(
@@ -202,7 +202,7 @@ def member_features(
             fail(
                 "features",
                 f"[B, F] with B = {len(actions)}",
-                shape_of(read) if isinstance(read, Tensor) else type(read).__name__,
+                shape_or_type(read),
             )
         features.append(read)
     return features

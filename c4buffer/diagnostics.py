@@ -11,11 +11,11 @@ from typing import Union
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_finite, check_fraction, check_number, fail, shape_of
+from ._checks import check_finite, check_fraction, check_number, fail, shape_or_type
 from .buffer import ClusteredReplayBuffer
 from .critics import Critics, check_critics, member_values
-from .embedding import embed_rows, noise_of_its_own
-from .inference import outside_inference_mode
+from .embedding import embed_rows
+from .inference import noise_of_its_own, outside_inference_mode
 from .losses.covariance import decompose_cross_covariance, span_of
 from .losses.value_ensemble import ensemble_spread
 from .memory import parts_of
@@ -238,7 +238,7 @@ def _spread_of(
         for start, stop in parts:
             v = value_ensemble(read(start, stop).observations)
             if not isinstance(v, Tensor) or v.ndim != 2 or v.shape[1] != stop - start:
-                got = shape_of(v) if isinstance(v, Tensor) else type(v).__name__
+                got = shape_or_type(v)
                 fail("value_ensemble", f"values [m, B] with B = {stop - start}", got)
             check_finite("value_ensemble", v.T)
             spreads.append(ensemble_spread(v).double())
@@ -270,7 +270,7 @@ def _checked_directions(next_direction: Tensor | None, direction: Tensor | None,
     directions = []
     for name, w in (("next_direction", next_direction), ("direction", direction)):
         if not isinstance(w, Tensor) or w.shape != g.shape[1:]:
-            fail(name, expected, shape_of(w) if isinstance(w, Tensor) else type(w).__name__)
+            fail(name, expected, shape_or_type(w))
         unit = w.detach().to(g)
         length = float(unit.norm())
         if not abs(length - 1) < NEARLY_ONE:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Literal, Union
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ._checks import check_finite, fail, shape_of
 from .critics import Critics
+from .inference import noise_of_its_own
 from .memory import parts_of
 from .stacking import CHUNK_ROWS, PROBE_ROWS, rows_for, stacked_features, stacked_gradients
 from .transitions import Transitions
@@ -70,18 +70,6 @@ def embed_rows(
             embeddings[start:stop] = chunk.detach()
     assert embeddings is not None
     return embeddings, directions is not None
-
-
-@contextmanager
-def noise_of_its_own(device: torch.device) -> Iterator[None]:
-    """torch's generators, of the processor and of `device`, seeded alike each time and put back after."""
-    on_gpu = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if on_gpu else []):
-        torch.default_generator.manual_seed(0)
-        if on_gpu:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(0)
-        yield
 
 
 def _directions(columns: int, kept: int) -> Tensor:

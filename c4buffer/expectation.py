@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_finite
-from .collective import Group, gathered, total
+from .collective import Group, gathered, rows_in, total
 from .memory import floats_at_once
 from .products import Buffers, product
 from .scaling import column_scaling, column_sums
@@ -73,7 +73,7 @@ class ExpectationMaximisation:
         self.covariance = covariance
         self.regularization = regularization
         self.group = process_group
-        self.rows = float(total(torch.tensor(float(len(X)), dtype=torch.float64, device=X.device), process_group))
+        self.rows = rows_in(X, process_group)
         if standardize:
             mean, scale = column_scaling(X, process_group=process_group)
             self.scale: Tensor | None = scale.to(X.dtype)

@@ -1,10 +1,11 @@
-"""Work that is the same under `torch.inference_mode`, as acting loops use it, and under `torch.autocast`."""
+"""Work that is the same under `torch.inference_mode`, as acting loops use it, `torch.autocast` and `torch.compile`."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -45,3 +46,20 @@ def in_full_precision(function: Callable[P, R]) -> Callable[P, R]:
             return function(*arguments, **options)
 
     return run
+
+
+def eagerly() -> AbstractContextManager[object]:
+    """Compiled networks run as they were written. Where nobody compiles, the compiler is not imported."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+@contextmanager
+def noise_of_its_own(device: torch.device, *, seed: int = 0) -> Iterator[None]:
+    """torch's generators, of the processor and of `device` alone, seeded alike each time and put back after."""
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which moves those of all devices
+        if on_gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, check_finite, check_integer, check_matrix, check_number, fail, shape_of
+from ._checks import check_choice, check_finite, check_integer, check_matrix, check_number, fail, shape_or_type
 from .collective import Group, from_first, gathered, ranks_in
 from .expectation import Covariance, ExpectationMaximisation, Parameters
 from .faiss_kmeans import faiss_kmeans
@@ -256,7 +256,7 @@ class GaussianMixture:
 
     def _checked_responsibilities(self, initial: Tensor, X: Tensor) -> Tensor:
         if not isinstance(initial, Tensor) or initial.shape != (len(X), self.n_components):
-            got = shape_of(initial) if isinstance(initial, Tensor) else type(initial).__name__
+            got = shape_or_type(initial)
             fail("initial", f"responsibilities {[len(X), self.n_components]}", got)
         check_finite("initial", initial)
         initial = initial.detach()

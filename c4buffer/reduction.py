@@ -63,7 +63,7 @@ class ReducedClusterer:
             check_finite("embeddings", embeddings)
             embeddings = embeddings.detach()
             reduction = self._found(embeddings)
-            reduced = _reduced(embeddings, *reduction)
+            reduced = _mapped(embeddings, *reduction)
         # Principal directions turn from call to call: what was found in the old ones says nothing in the new.
         known = previous if reduction is None or self.reduction == "projection" else None
         responsibilities = self.clusterer(reduced, known)
@@ -75,7 +75,7 @@ class ReducedClusterer:
         """Mean over rows [M, E], reduced as in the last call, of what the inner clusterer says of them."""
         if not hasattr(self.clusterer, "log_likelihood_of"):
             fail("clusterer", "one with log_likelihood_of(embeddings)", type(self.clusterer).__name__)
-        reduced = embeddings if self._map is None else _reduced(embeddings.detach(), *self._map)
+        reduced = embeddings if self._map is None else _mapped(embeddings.detach(), *self._map)
         return float(self.clusterer.log_likelihood_of(reduced))
 
     def draw_from(self, generator: torch.Generator, *, instead_of: torch.Generator) -> None:
@@ -114,7 +114,7 @@ class ReducedClusterer:
         return mean.to(embeddings), scale.to(embeddings), directions.to(embeddings)
 
 
-def reduced(
+def reducing(
     clusterer: Clusterer | None,
     n_clusters: int | Literal["auto"],
     *,
@@ -135,7 +135,7 @@ def reduced(
     return ReducedClusterer(chosen, max_dim=max_dim, reduction=reduction)
 
 
-def _reduced(embeddings: Tensor, mean: Tensor, scale: Tensor, directions: Tensor) -> Tensor:
+def _mapped(embeddings: Tensor, mean: Tensor, scale: Tensor, directions: Tensor) -> Tensor:
     """[N, E] -> [N, M]."""
     reduced = embeddings.new_empty(len(embeddings), directions.shape[1])
     for part, target in zip(embeddings.split(CHUNK_ROWS), reduced.split(CHUNK_ROWS)):

@@ -24,6 +24,8 @@ from .transitions import Transitions
 if TYPE_CHECKING:
     from .buffer import ClusteredReplayBuffer
 
+UNKNOWN = (float("nan"),) * 3  # norms
+
 
 @dataclass(frozen=True)
 class RefreshReport:
@@ -90,11 +92,8 @@ def refreshed(
     except BaseException:
         clusterer.load_state_dict(before)  # what it found is not in force
         raise
-    norms = [float("nan")] * 3
-    if isinstance(embedding, str) and rows > 1 and not projected and embeddings.shape[1] <= 2 * WIDEST_NORMS:
-        target, online = embeddings.chunk(2, dim=1)
-        parts = decompose_cross_covariance(target, online, sampler.responsibilities.to(embeddings))
-        norms = [float(torch.linalg.matrix_norm(part)) for part in parts]
+    known = isinstance(embedding, str) and rows > 1 and not projected
+    norms = covariance_norms(embeddings, sampler.responsibilities) if known else UNKNOWN
     mixture = clusterer.mixture
     return RefreshReport(
         sizes=tuple((rows * sampler.probabilities).tolist()),
@@ -106,6 +105,15 @@ def refreshed(
         within=norms[1],
         between=norms[2],
     )
+
+
+def covariance_norms(embeddings: Tensor, responsibilities: Tensor) -> tuple[float, ...]:
+    """||total||_F, ||within||_F and ||between||_F of embeddings [g', g], by Theorem 2; NaN for very wide ones."""
+    if embeddings.shape[1] > 2 * WIDEST_NORMS:
+        return UNKNOWN
+    target, online = embeddings.chunk(2, dim=1)
+    parts = decompose_cross_covariance(target, online, responsibilities.to(embeddings))
+    return tuple(float(torch.linalg.matrix_norm(part)) for part in parts)
 
 
 @runtime_checkable

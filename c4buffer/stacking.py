@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -12,7 +10,7 @@ from torch import Tensor
 from ._checks import check_finite, check_integer, fail
 from .critics import Critics, check_critics, member_features
 from .gradients import mean_gradient
-from .inference import outside_inference_mode
+from .inference import eagerly, outside_inference_mode
 from .memory import bytes_made, parts_of, rows_at_once
 from .transitions import Transitions
 
@@ -59,8 +57,7 @@ def rows_for(critics: Critics, batch: Transitions, embedding: str = "gradients")
     read = _stacked_gradients_of_chunk if embedding == "gradients" else _stacked_features_of_chunk
     if len(batch) < 2 * PROBE_ROWS:
         return CHUNK_ROWS
-    eagerly = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-    with critics.evaluating(), eagerly:
+    with critics.evaluating(), eagerly():
         try:
             few = bytes_made(lambda: read(critics, batch[:PROBE_ROWS]))
             twice = bytes_made(lambda: read(critics, batch[: 2 * PROBE_ROWS]))

@@ -179,8 +179,8 @@ class RingStorage:
         if state["form"]:
             columns = {name: from_layout(form) for name, form in state["form"].items()}
             # A processor's memory is taken as it is written: of room for more rows, only those that come.
-            rows = held if self.device.type == "cpu" else self._room_for(held)
-            needed = rows * sum(
+            room = held if self.device.type == "cpu" else self._room_for(held)
+            needed = room * sum(
                 math.prod(leaf.shape[1:]) * leaf.element_size()
                 for value in columns.values()
                 for leaf in observation_leaves(value)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -14,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .._checks import check_choice, check_number, fail, shape_of
 from ..critics import Critics, check_critics, member_features
 from ..gradients import paired_gradients
-from ..inference import in_full_precision, outside_inference_mode, without_autocast
+from ..inference import eagerly, in_full_precision, outside_inference_mode, without_autocast
 from ..memory import floats_at_once
 from ..partition import check_responsibilities
 from ..scaling import CHUNK_ROWS
@@ -187,10 +185,8 @@ class CovariancePenalty:
 
     @outside_inference_mode
     def _evaluate(self, critics: Critics, batch: Transitions, values: Sequence[Tensor] | None) -> Tensor:
-        # Critics that are compiled themselves run eagerly too. Where nobody compiles, the compiler is not imported.
-        eagerly = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
         # Of attention, only this form has second derivatives.
-        with critics.evaluating(), eagerly, sdpa_kernel(SDPBackend.MATH):
+        with critics.evaluating(), eagerly(), sdpa_kernel(SDPBackend.MATH):
             return self._feature(critics, batch) if self.kind == "feature" else self._gradient(critics, batch, values)
 
     def _gradient(self, critics: Critics, batch: Transitions, values: Sequence[Tensor] | None) -> Tensor:

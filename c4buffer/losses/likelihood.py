@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_choice, check_fraction, check_integer, check_number, fail, is_finite_number, shape_of
-from ..inference import outside_inference_mode
+from .._checks import check_choice, check_fraction, check_integer, check_number, fail, is_finite_number, shape_or_type
+from ..inference import noise_of_its_own, outside_inference_mode
 from ..memory import parts_of
 from ..transitions import Transitions
 
@@ -104,12 +104,7 @@ def _held_out_likelihoods(
     order = torch.randperm(len(transitions), generator=generator, device="cpu")
     judged = max(1, min(len(order) - 1, round(held_out * len(order))))
     unseen, seen = transitions[order[:judged].to(device)], order[judged:]
-    graphics = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=graphics), torch.enable_grad():
-        # not torch.manual_seed, which moves the generators of all devices, those that are not forked too
-        torch.default_generator.manual_seed(seed)
-        for each in graphics:
-            torch.cuda.default_generators[each.index or 0].manual_seed(seed)
+    with noise_of_its_own(device, seed=seed), torch.enable_grad():
         policy = make_policy()
         if not (isinstance(policy, nn.Module) and callable(getattr(policy, "log_prob", None))):
             fail("make_policy", "a module with log_prob(observations, actions)", type(policy).__name__)
@@ -144,7 +139,7 @@ def _judged(policy: Any, transitions: Transitions) -> Tensor:
         for part in parts:
             log_prob = policy.log_prob(part.observations, part.actions)
             if not isinstance(log_prob, Tensor) or log_prob.shape != part.rewards.shape:
-                got = shape_of(log_prob) if isinstance(log_prob, Tensor) else type(log_prob).__name__
+                got = shape_or_type(log_prob)
                 expected = f"a policy whose log_prob is [B], B = {len(part)}, summed over action dimensions"
                 fail("make_policy", expected, got)
             found.append(log_prob.cpu().double())

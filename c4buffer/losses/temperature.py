@@ -102,6 +102,12 @@ class TemperatureController(nn.Module):
         if self.maximum is not None and not self._warned:
             self._watch(mean)
 
+    @torch.no_grad()
+    def bound(self) -> None:
+        """Lower a beta that was loaded, or met a lower `maximum` since, to that."""
+        if self.maximum is not None:
+            self.beta.clamp_(max=self.maximum)
+
     def _mean(self, log_prob: Tensor) -> Tensor:
         if log_prob.ndim != 1 or len(log_prob) == 0:
             fail("log_prob", "[B] with at least one row", shape_of(log_prob))

@@ -175,7 +175,7 @@ class ACTIVE(QLearningAlgoBase[ACTIVEImpl, ACTIVEConfig]):
         super().save(fname)
 
     def _lower_initial_beta(self) -> None:
-        """To a bound that was set since, under which no config could be made otherwise."""
+        """To a `max_beta` that was set below it since, or the saved config could not be read."""
         config = self._config
         if self._impl is not None and is_finite_number(config.max_beta):
             config.initial_beta = min(config.initial_beta, config.max_beta)

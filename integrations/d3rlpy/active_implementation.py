@@ -82,7 +82,7 @@ class ACTIVEImpl(DDPGBaseImpl):
             quantile=config.quantile, temperature=config.temperature, max_weight=config.max_weight
         )
         temperature.learning_rate, temperature.maximum = config.beta_learning_rate, config.max_beta
-        temperature.beta.data.clamp_(max=math.inf if config.max_beta is None else config.max_beta)
+        temperature.bound()
         temperature.target, self._named_target = self._next_target(), config.likelihood_target
 
     def _next_target(self) -> float | None:
@@ -108,7 +108,8 @@ class ACTIVEImpl(DDPGBaseImpl):
         if config.likelihood_target != "auto":
             temperature.target = config.likelihood_target
         self._named_target = config.likelihood_target
-        temperature.beta.data.clamp_(max=math.inf if config.max_beta is None else config.max_beta)
+        temperature.maximum = config.max_beta
+        temperature.bound()
 
     @property
     def waits_for_target(self) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from c4buffer import VEnsemble
 
 from .dataset import scaled_observations
+from .reading import as_d3rlpy
 
 HOSTS_OWN = (DefaultEncoderFactory, VectorEncoderFactory)  # another may have filled, or frozen, what it makes
 
@@ -24,8 +25,7 @@ class PolicyDensity(nn.Module):
         self._algo = algo
 
     def log_prob(self, observations: Any, actions: Tensor) -> Tensor:
-        observations = scaled_observations(observations, self._algo.observation_scaler)
-        observations = list(observations) if isinstance(observations, tuple) else observations
+        observations = as_d3rlpy(scaled_observations(observations, self._algo.observation_scaler))
         found: Tensor = build_gaussian_distribution(self.policy(observations)).log_prob(actions).squeeze(1)
         return found
 

@@ -1,6 +1,6 @@
 """A d3rlpy dataset as Transitions, and Transitions as d3rlpy's batches: no per-transition Python while training."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from c4buffer import Transitions
 from c4buffer._checks import fail
-from c4buffer.observations import observation_leaves
+from c4buffer.observations import map_observations, observation_leaves
 
 from .frames import BLOCK_ROWS, frames_to_stack
+from .reading import as_d3rlpy
 from .rows import Run, columns_of, ends_of_runs, rows_of, runs_of
 
 
@@ -35,7 +36,7 @@ def transitions_of(dataset: ReplayBufferBase, algo: Any = None) -> Transitions:
     """
     columns = _columns_of(dataset)
     for name in ("observations", "next_observations"):
-        columns[name] = _leafwise(torch.Tensor.float, columns[name])
+        columns[name] = map_observations(torch.Tensor.float, columns[name])
     return _transitions(columns, dataset, algo)
 
 
@@ -101,7 +102,7 @@ def _transitions(columns: dict[str, Any], dataset: ReplayBufferBase, algo: Any, 
     if algo is not None:
         _scale(columns, algo)
         device = algo._device if device is None else device
-        columns = {name: _leafwise(lambda part: part.to(device), value) for name, value in columns.items()}
+        columns = {name: map_observations(lambda part: part.to(device), value) for name, value in columns.items()}
     if dataset.dataset_info.action_space == ActionSpace.DISCRETE:
         columns.update({name: columns[name].long() for name in ("actions", "next_actions")})
     return Transitions(**columns, has_next_actions=1 - columns["terminals"].reshape(-1))
@@ -161,21 +162,16 @@ def _observations(parts: list[np.ndarray]) -> Any:
     return tensors[0] if len(tensors) == 1 else tensors
 
 
-def _leafwise(function: Callable[[Tensor], Tensor], observations: Any) -> Any:
-    return tuple(map(function, observations)) if isinstance(observations, tuple) else function(observations)
-
-
 def has_images(observations: Any) -> bool:
     """Whether these are as they were stored: with bytes, not scaled."""
-    parts = observations if isinstance(observations, tuple) else (observations,)
-    return any(part.dtype == torch.uint8 for part in parts)
+    return any(part.dtype == torch.uint8 for part in observation_leaves(observations))
 
 
 def scaled_observations(observations: Any, scaler: Any) -> Any:
     """What the networks see of stored observations: floats, images scaled as the others were when they were stored."""
     if not has_images(observations):
         return observations
-    floats = _leafwise(torch.Tensor.float, observations)
+    floats = map_observations(torch.Tensor.float, observations)
     return floats if scaler is None else _transformed(scaler, floats)
 
 
@@ -197,7 +193,7 @@ def _scale(columns: dict[str, Any], algo: Any) -> None:
 
 
 def _scale_rows(value: Any, rows: slice, scaler: Any, device: Any) -> None:
-    found = _transformed(scaler, _leafwise(lambda part: part[rows].to(device), value))
+    found = _transformed(scaler, map_observations(lambda part: part[rows].to(device), value))
     for part, scaled in zip(observation_leaves(value), observation_leaves(found)):
         part[rows] = scaled
 
@@ -206,7 +202,7 @@ def _transformed(scaler: Any, value: Any) -> Any:
     """By one of d3rlpy's scalers, which takes several parts as a list."""
     if not scaler.built:
         fail("algo", "one whose scalers have been fitted, as by a fit", f"a {type(scaler).__name__} that has not")
-    found = scaler.transform(list(value) if isinstance(value, tuple) else value)
+    found = scaler.transform(as_d3rlpy(value))
     return tuple(found) if isinstance(found, list) else found
 
 
@@ -232,10 +228,8 @@ def return_to_go(dataset: ReplayBufferBase, row: tuple[Any, int], algo: Any) -> 
 def to_mini_batch(batch: Transitions, algo: Any, returns_to_go: Tensor | None = None) -> TorchMiniBatch:
     """A sampled batch as d3rlpy's own record: scaled, but for images, which are scaled here."""
     observations, next_observations = (
-        list(value) if isinstance(value, tuple) else value
-        for value in (
-            scaled_observations(part, algo.observation_scaler) for part in (batch.observations, batch.next_observations)
-        )
+        as_d3rlpy(scaled_observations(part, algo.observation_scaler))
+        for part in (batch.observations, batch.next_observations)
     )
     rewards = batch.rewards.unsqueeze(1)
     return TorchMiniBatch(

@@ -11,7 +11,7 @@ from d3rlpy.algos import QLearningAlgoImplBase
 from d3rlpy.torch_utility import TorchMiniBatch
 
 from c4buffer import CovariancePenalty, Critics
-from c4buffer._checks import fail, shape_of
+from c4buffer._checks import fail, shape_or_type
 
 from .config import C4Config
 from .dataset import from_mini_batch
@@ -90,7 +90,7 @@ class C4Impl(QLearningAlgoImplBase):
             loss = compute(batch, q_tpn)
         penalty = self.c4_penalty(self.c4_critics, from_mini_batch(batch, discrete=self._c4_discrete), **options)
         if not isinstance(penalty, torch.Tensor) or penalty.ndim > 0:
-            got = shape_of(penalty) if isinstance(penalty, torch.Tensor) else type(penalty).__name__
+            got = shape_or_type(penalty)
             fail("c4_penalty", "a callable that returns a tensor of one number, []", got)
         if isinstance(loss, torch.Tensor):  # DiscreteSAC's
             self._c4_penalties.append(penalty.detach())

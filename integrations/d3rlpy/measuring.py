@@ -9,6 +9,7 @@ from d3rlpy.models.torch.q_functions.iqn_q_function import ContinuousIQNQFunctio
 
 from c4buffer import MixtureClusterer, ReducedClusterer, Transitions, decompose_cross_covariance, stacked_gradients
 from c4buffer._checks import fail
+from c4buffer.inference import noise_of_its_own
 from c4buffer.losses.covariance import span_of
 from c4buffer.networks import evaluating
 
@@ -68,12 +69,8 @@ def measure(algo: Any, transitions: Transitions, *, n_clusters: int = 3) -> dict
 
 def _value_and_loss(algo: Any, transitions: Transitions) -> tuple[float, float]:
     impl = algo.impl
-    devices = [torch.device(algo._device)] if "cuda" in algo._device else []
     q_sum, loss_sum = 0.0, 0.0
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(0)
-        for device in devices:
-            torch.cuda.default_generators[device.index or 0].manual_seed(0)
+    with torch.no_grad(), noise_of_its_own(torch.device(algo._device)):
         for start in range(0, len(transitions), CHUNK_ROWS):
             part = transitions[start : start + CHUNK_ROWS]
             batch = to_mini_batch(part, algo)

@@ -22,12 +22,12 @@ class _Member(nn.Module):
         self._forwarder = forwarder
 
     def forward(self, observations: Any, actions: Tensor) -> Tensor:
-        expected: Tensor = self._forwarder.compute_expected_q(_as_d3rlpy(observations), actions)
+        expected: Tensor = self._forwarder.compute_expected_q(as_d3rlpy(observations), actions)
         return expected
 
     def features(self, observations: Any, actions: Tensor) -> Tensor:
         """The output of the encoder, [B, F]: the last hidden layer."""
-        hidden: Tensor = unwrap_ddp_model(self.q_function).encoder(_as_d3rlpy(observations), actions)
+        hidden: Tensor = unwrap_ddp_model(self.q_function).encoder(as_d3rlpy(observations), actions)
         return hidden
 
 
@@ -40,12 +40,12 @@ class _DiscreteMember(nn.Module):
         self._forwarder = forwarder
 
     def forward(self, observations: Any) -> Tensor:
-        expected: Tensor = self._forwarder.compute_expected_q(_as_d3rlpy(observations))
+        expected: Tensor = self._forwarder.compute_expected_q(as_d3rlpy(observations))
         return expected
 
     def features(self, observations: Any, actions: Tensor) -> Tensor:
         """The output of the encoder, [B, F]: the last hidden layer, which no action enters."""
-        hidden: Tensor = unwrap_ddp_model(self.q_function).encoder(_as_d3rlpy(observations))
+        hidden: Tensor = unwrap_ddp_model(self.q_function).encoder(as_d3rlpy(observations))
         return hidden
 
 
@@ -59,7 +59,7 @@ class _Greedy(nn.Module):
 
     def forward(self, observations: Any) -> Tensor:
         with torch.no_grad(), _generators_kept(self._impl.device):
-            action: Tensor = self._impl.inner_predict_best_action(_as_d3rlpy(observations))
+            action: Tensor = self._impl.inner_predict_best_action(as_d3rlpy(observations))
         return action
 
 
@@ -114,5 +114,6 @@ def critics_of_impl(impl: Any, *, next_action: str) -> Critics:
     )
 
 
-def _as_d3rlpy(observations: Any) -> Any:
+def as_d3rlpy(observations: Any) -> Any:
+    """Observations of several parts as its networks and scalers take them, in a list."""
     return list(observations) if isinstance(observations, tuple) else observations

@@ -16,11 +16,12 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from c4buffer import Critics, ReducedClusterer, SingleClusterSampler, decompose_cross_covariance
+from c4buffer import Critics, ReducedClusterer, SingleClusterSampler
 from c4buffer._checks import check_choice, check_integer, fail
 from c4buffer.clustering import ranks_of_means
-from c4buffer.embedding import WIDEST_NORMS, embed_rows
-from c4buffer.reduction import reduced
+from c4buffer.embedding import embed_rows
+from c4buffer.reduction import reducing
+from c4buffer.refresh import UNKNOWN, covariance_norms
 
 from .reading import AtEnvironments, joined, picked, transitions_of_samples
 
@@ -124,7 +125,7 @@ class _Clustered(ReplayBuffer):
                 generator=self._generator, assignment=self.assignment, replacement=self.replacement
             )
             self._sampler.extend(self._stored_rows())
-            self._clusterer = reduced(None, self.n_clusters, generator=self._generator)
+            self._clusterer = reducing(None, self.n_clusters, generator=self._generator)
 
     def take_batch(self) -> Any:
         """What `sample` gave last, while bound, once; for the penalty."""
@@ -203,11 +204,7 @@ class _Clustered(ReplayBuffer):
         if len(rows) < stored:  # rows that can not be sampled now are as those that no clustering has seen
             self._sampler.overwrite(torch.from_numpy(np.setdiff1d(np.arange(stored), rows, assume_unique=True)))
         self._since_refresh = 0
-        norms = [float("nan")] * 3
-        if not projected and embeddings.shape[1] <= 2 * WIDEST_NORMS:
-            target, online = embeddings.chunk(2, dim=1)
-            parts = decompose_cross_covariance(target, online, found.to(embeddings))
-            norms = [float(torch.linalg.matrix_norm(part)) for part in parts]
+        norms = UNKNOWN if projected else covariance_norms(embeddings, found)
         self.c4_metrics = {
             "cross_covariance": norms[0],
             "within_cross_covariance": norms[1],

@@ -110,9 +110,9 @@ def attach(model: Any, penalty: Any, penalty_every: int, *, for_learn: bool = Fa
     if around is not None:
         around.remove()
     ATTACHED[model] = _Attachment(model, critics, penalty, penalty_every, for_learn=for_learn, around=around)
-    online: Any = type(model)
-    if not issubclass(online, _Watched):
-        model.__class__ = worn_over(_Watched, online)
+    kind: Any = type(model)
+    if not issubclass(kind, _Watched):
+        model.__class__ = worn_over(_Watched, kind)
 
 
 def detach(model: Any) -> None:

@@ -317,14 +317,14 @@ class ClusterSampler(Sampler, metaclass=_KeepsReplacement):
                 self._rows.sampler.overwrite(overwritten)
 
 
-def first_parameters(critics: Critics) -> Iterator[Tensor]:
-    """Of the networks, in the order in which the critics hold them."""
+def parameters_of(critics: Critics) -> Iterator[Tensor]:
+    """Those of the networks, in the order in which the critics hold them."""
     return (parameter for module in critics.modules for parameter in module.parameters())
 
 
 def _device_of(critics: Critics) -> torch.device:
     """Where the networks are."""
-    return next((parameter.device for parameter in first_parameters(critics)), torch.device("cpu"))
+    return next((parameter.device for parameter in parameters_of(critics)), torch.device("cpu"))
 
 
 def _in_bytes(sampler: ClusterSampler) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from c4buffer.integrations.torchrl import ClusterSampler, Keys, critics_of, tensordict_of, transitions_of
 from c4buffer.integrations.torchrl.rows import DEFAULT_KEYS, stored
-from c4buffer.integrations.torchrl.sampler import first_parameters
+from c4buffer.integrations.torchrl.sampler import parameters_of
 from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import Tensor, nn
@@ -778,7 +778,7 @@ def test_a_refresh_goes_where_a_loss_was_moved_to(kind: str) -> None:
     before = critics_of(loss)
     loss.to(torch.float64)  # as to a GPU: the networks' own parameters stay where they were
     for critics in (before, critics_of(loss)):
-        assert next(first_parameters(critics)).dtype == torch.float64
+        assert next(parameters_of(critics)).dtype == torch.float64
 
 
 def child_overwrites(buffer: TensorDictReplayBuffer) -> None:

@@ -234,7 +234,7 @@ class ACTIVE(OffPolicyAlgorithm):
         controller = self.temperature_controller  # whose settings are those of now
         controller.target, controller.maximum = self.likelihood_target, self.max_beta
         controller.learning_rate = self.beta_learning_rate
-        controller.beta.data.clamp_(max=math.inf if self.max_beta is None else self.max_beta)
+        controller.bound()
         self.policy.set_training_mode(True)
         self._update_learning_rate([self.actor.optimizer, self.critic.optimizer, self.value.optimizer])
         advantage = VEnsembleAdvantage(quantile=self.quantile, temperature=self.temperature, max_weight=self.max_weight)
@@ -329,7 +329,8 @@ class ACTIVE(OffPolicyAlgorithm):
         super().set_parameters(*arguments, **options)
         controller, target = self.temperature_controller, self.likelihood_target
         controller.target = None if isinstance(target, str) else target
-        controller.beta.data.clamp_(max=self.max_beta if self.max_beta is not None else math.inf)
+        controller.maximum = self.max_beta
+        controller.bound()
 
     def _excluded_save_params(self) -> list[str]:
         aliases = ["actor", "critic", "critic_target", "value", "temperature_controller"]
