@@ -360,7 +360,7 @@ class ClusteredReplayBuffer:
         """Copies of the transitions held at `indices` `start` to `stop` - 1, as batches have them, on `device`.
 
         Args:
-            start, stop: stop None for all that follow. The newest is the last as long as nothing has been overwritten.
+            start, stop: stop None for all that follow. The newest is the last until more than `capacity` have come.
 
         Raises:
             ValueError: for rows that are not held.

@@ -70,9 +70,10 @@ def restore(buffer: Any, state: dict[str, Any]) -> None:
 
 def loaded(cls: Any, path: str | os.PathLike[str], options: dict[str, Any]) -> Any:
     """A buffer of class `cls` as it was saved to `path`, but for some options."""
-    known = list(inspect.signature(cls).parameters)
+    parameters = inspect.signature(cls).parameters
+    known, takes_any = list(parameters), any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     for name in options:
-        if name not in known:
+        if name not in known and not takes_any:
             fail("options", f"names among {', '.join(known)}", name)
     state = load(path, KIND)
     try:

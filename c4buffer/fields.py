@@ -31,6 +31,8 @@ def as_tensor(argument: str, value: Any) -> Tensor:
             fail(argument, "numbers in one shape", f"{type(value).__name__} ({error})")
     if tensor.is_complex():
         fail(argument, "real numbers", tensor.dtype)
+    if tensor.layout != torch.strided:
+        fail(argument, "a dense tensor", tensor.layout)
     return tensor
 
 

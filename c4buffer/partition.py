@@ -106,11 +106,20 @@ class Partition:
             fail("walks", f"one for each of {clusters} clusters, at least one", len(state["walks"]))
         for rows in state["walks"]:
             check_rows("walks", rows, size)
+        for name in ("sums", "squares"):
+            found: Tensor = getattr(self, name)  # as counted when this was made
+            if bool(((state[name] - found).abs() > ROUNDING * (1 + found)).any()):
+                fail(name, f"those of the responsibilities, {found.tolist()}", state[name].tolist())
         self.labels = _own(labels)
         self.walks = [_own(walk) for walk in state["walks"]]
         self.sums, self.squares, self.counted, self.p = (_own(state[n]) for n in ("sums", "squares", "counted", "p"))
         self.tailed = None if state["tailed"] is None else Partition.from_state(state["tailed"], size)
         self._changed()
+
+    def recount(self) -> None:
+        """All that follows from the responsibilities and the labels, anew."""
+        self.tailed, self._members = None, None
+        self._count()
 
     def _count(self) -> None:
         """Sums over the assigned rows, anew."""

@@ -82,8 +82,8 @@ def refreshed(
     started, rows = time.perf_counter(), sampler.size
     embeddings, projected = embed_rows(embedding, critics, rows, read, device=device, max_dim=clusterer.max_dim)
     before = clusterer.state_dict()
-    responsibilities = clusterer(embeddings, sampler.responsibilities if sampler.clustered else None)
     try:
+        responsibilities = clusterer(embeddings, sampler.responsibilities if sampler.clustered else None)
         if isinstance(responsibilities, Tensor) and not responsibilities.is_floating_point():
             responsibilities = responsibilities.to(embeddings.dtype)  # hard clusters, as one_hot gives them
         check_responsibilities(responsibilities, rows)

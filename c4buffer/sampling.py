@@ -64,6 +64,7 @@ class SingleClusterSampler:
         self._block = 1
         self._drawn = 0  # indices, since the last change
         self._pools: list[Tensor] = []  # of each cluster, rows that were drawn with it and not yet given out
+        self._changing = False  # still, after an interrupt: what does not follow from r is to be made anew
 
     @property
     def responsibilities(self) -> Tensor:
@@ -78,25 +79,29 @@ class SingleClusterSampler:
     @property
     def clustered(self) -> bool:
         """Whether a row is held that a clustering has seen. When the last is overwritten, p stays as it was."""
-        return self._partition is not None and self._partition.assigned > 0
+        return self._partition is not None and self._clustered().assigned > 0
 
     def extend(self, rows: int) -> None:
         """Rows were appended at the end."""
         size = self.size + rows
-        for partition in self._partitions():
+        partitions = self._partitions()
+        self._changing = True
+        for partition in partitions:
             partition.grow(size)
             self._label(partition, torch.arange(self.size, size, device="cpu"))
-        self.size = size  # last: an interrupt before leaves what another call puts right
         self.forget_ahead()
+        self.size, self._changing = size, False  # last: an interrupt before leaves what another call puts right
 
     def overwrite(self, rows: Tensor) -> None:
         """Rows [M] hold new transitions."""
-        rows = rows.unique()
-        forget(self._partitions(), rows)
-        for partition in self._partitions():
+        rows, partitions = rows.unique(), self._partitions()
+        self._changing = True
+        forget(partitions, rows)
+        for partition in partitions:
             self._label(partition, rows)
             self._rehouse(partition)
         self.forget_ahead()
+        self._changing = False
 
     def assign(
         self,
@@ -115,6 +120,8 @@ class SingleClusterSampler:
                 Given, each cluster is drawn with the rest of each trajectory after its last member there, in proportion
                 to its size, and rows are not equally likely. For assignment="hard" with replacement.
         """
+        if isinstance(responsibilities, Tensor) and responsibilities.dtype in (torch.float16, torch.bfloat16):
+            responsibilities = responsibilities.float()  # in which rows sum to one closely enough
         check_responsibilities(responsibilities, self.size)
         if trajectories is not None and not (self.replacement and self.assignment == "hard"):
             fail("trajectories", "None, unless assignment='hard' with replacement", "some")
@@ -125,18 +132,19 @@ class SingleClusterSampler:
             # Exactly one, or rows would be drawn as often as their sum says.
             r[:, start : start + len(part)] = (part / part.sum(dim=1, keepdim=True)).T
         d = None if distances is None else distances.T.cpu().contiguous()
-        self._partition, self._dissolved = Partition(r, torch.arange(len(r), device="cpu"), d), {}
+        partition = Partition(r, torch.arange(len(r), device="cpu"), d)
         # copies: the ring numbers its rows anew, while the clusters are those of these rows
-        self._trajectories = None
-        if trajectories is not None:
-            self._trajectories = trajectories[0].clone(), trajectories[1].clone(), r.argmax(dim=0)
+        places = None if trajectories is None else (trajectories[0].clone(), trajectories[1].clone(), r.argmax(dim=0))
         if not self.replacement:
-            self._partition.labels = torch.full((self.size,), -1, device="cpu")
-            self._label(self._partition, torch.arange(self.size, device="cpu"))
+            partition.labels = torch.full((self.size,), -1, device="cpu")
+            self._label(partition, torch.arange(self.size, device="cpu"))
         self.forget_ahead()
+        # at once: an interrupt before leaves the clusters that there were
+        self._partition, self._dissolved, self._trajectories, self._changing = partition, {}, places, False
 
     def state(self) -> dict[str, Any]:
         """All that the batches to come depend on, for a checkpoint."""
+        self._settle()
         return {
             "assignment": self.assignment,
             "replacement": self.replacement,
@@ -193,6 +201,7 @@ class SingleClusterSampler:
     def sample(self, batch_size: int) -> tuple[Tensor, int]:
         """Row indices [batch_size], int64, and the cluster they come from (-1: no clustering yet)."""
         batch_size = self.check(batch_size)
+        self._settle()
         if not self.replacement:
             return self._walk(batch_size)
         if self._ahead_for != batch_size:
@@ -229,10 +238,21 @@ class SingleClusterSampler:
     def _clustered(self) -> Partition:
         if self._partition is None:
             fail("buffer", "a refresh before its clusters are asked for", "no clusters")
+        self._settle()
         return self._partition
+
+    def _settle(self) -> None:
+        """After an interrupt in the middle of a change: rows that r does not know are unassigned, all else follows."""
+        if self._changing:
+            self._dissolved = {}
+            if self._partition is not None:
+                self._partition.recount()
+            self.forget_ahead()
+            self._changing = False
 
     def _partitions(self) -> list[Partition]:
         """With all clusters, and with some dissolved."""
+        self._settle()
         return [] if self._partition is None else [self._partition, *self._dissolved.values()]
 
     def _partition_for(self, batch_size: int) -> Partition:
@@ -261,10 +281,11 @@ class SingleClusterSampler:
         if ids not in self._dissolved:
             whole = self._clustered()
             keep = torch.isin(whole.ids, partition.ids[kept]).nonzero().squeeze(1)
-            less = self._dissolved[ids] = Less(whole, keep)
+            less = Less(whole, keep)
             if partition.labels is not None:
                 less.labels = torch.searchsorted(kept, partition.labels)
                 self._label(less, (partition.labels == z).nonzero().squeeze(1))
+            self._dissolved[ids] = less
         return self._dissolved[ids]
 
     def _label(self, partition: Partition, rows: Tensor) -> None:

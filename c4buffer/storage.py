@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import fail
+from ._checks import check_finite, fail
 from .files import own_folder, reserve
 from .inference import outside_inference_mode
 from .layout import form_of, from_layout, name_of, to_layout
@@ -85,7 +85,8 @@ class RingStorage:
     def cast(self, transitions: Transitions) -> Transitions:
         """The same transitions, floating values in the floating dtypes of the rows stored."""
         columns = transitions.columns()
-        return Transitions.unchecked({name: _cast(value, self._columns.get(name, value)) for name, value in columns})
+        cast = {name: _cast(name, value, self._columns.get(name, value)) for name, value in columns}
+        return Transitions.unchecked(cast)
 
     @torch.no_grad()
     def write(self, transitions: Transitions) -> Tensor:
@@ -93,16 +94,29 @@ class RingStorage:
         self._check_form(transitions)
         rows = len(transitions)
         kept = transitions if rows <= self.capacity else transitions[rows - self.capacity :]
-        self._make_room(kept, min(self.written + rows, self.capacity))
-        start = (self.written + rows - len(kept)) % self.capacity
-        head = min(len(kept), self.capacity - start)
-        for name, value in kept.columns():
+        written = self.written + rows
+        start = (written - len(kept)) % self.capacity
+        try:
+            self._make_room(kept, min(written, self.capacity))
+            self._put(kept, start)
+            self.written = written
+        except BaseException:
+            if self.written == 0:
+                self._release()
+            elif written > self.capacity == self.room:  # old rows may be overwritten in part, and must be whole
+                self._put(kept, start)
+                self.written = written
+            raise
+        return torch.arange(start, start + len(kept), device="cpu") % self.capacity
+
+    def _put(self, transitions: Transitions, start: int) -> None:
+        """Into the slots from `start` on, around the end of the ring."""
+        head = min(len(transitions), self.capacity - start)
+        for name, value in transitions.columns():
             for target, source in zip(observation_leaves(self._columns[name]), observation_leaves(value)):
                 target[start : start + head] = source[:head]
-                if head < len(kept):  # around the end of the ring
-                    target[: len(kept) - head] = source[head:]
-        self.written += rows
-        return torch.arange(start, start + len(kept), device="cpu") % self.capacity
+                if head < len(transitions):
+                    target[: len(transitions) - head] = source[head:]
 
     def holds(self, row: int) -> bool:
         """Whether the `row`-th row ever written has not been overwritten yet."""
@@ -202,7 +216,11 @@ class RingStorage:
     def _make_room(self, transitions: Transitions, rows: int) -> None:
         """For so many rows of this form, those held included."""
         if not self._columns:
-            self._allocate(transitions, self._room_for(rows))
+            try:
+                self._allocate(transitions, self._room_for(rows))
+            except BaseException:
+                self._release()
+                raise
         elif rows > self.room:
             self._grow(self._room_for(rows))
 
@@ -212,18 +230,23 @@ class RingStorage:
     def _allocate(self, transitions: Transitions, room: int) -> None:
         """Rows for transitions of this form."""
         leaves = [leaf for _, value in transitions.columns() for leaf in observation_leaves(value)]
+        dtypes = list(dict.fromkeys(leaf.dtype for leaf in leaves))
+        for path in map(self._file, dtypes) if self.folder is not None else ():
+            if path.exists():
+                fail("folder", "one without the files of another buffer", str(path))
         rows: dict[torch.dtype, Tensor] = {}
-        for dtype in dict.fromkeys(leaf.dtype for leaf in leaves):
+        for dtype in dtypes:
             mine = [leaf for leaf in leaves if leaf.dtype == dtype]
             wide = [math.prod(leaf.shape[1:]) for leaf in mine if leaf.ndim > 1]
             self._widths[dtype] = wide, len(mine) - len(wide)
-            try:
-                rows[dtype] = self._allocated(dtype, room, sum(wide) + len(mine) - len(wide))
-            except Exception:
-                for made in rows if self.folder is not None else ():
-                    self._file(made).unlink()
-                raise
+            rows[dtype] = self._allocated(dtype, room, sum(wide) + len(mine) - len(wide))
         self._lay_out(rows, room, transitions)
+
+    def _release(self) -> None:
+        """Be as before the first rows."""
+        for dtype in self._widths if self.folder is not None else ():
+            self._file(dtype).unlink(missing_ok=True)
+        self._columns, self._rows, self._widths, self.room = {}, {}, {}, 0
 
     def _grow(self, room: int) -> None:
         """More rows, the first of them those held; all or, when memory fails, none."""
@@ -245,15 +268,13 @@ class RingStorage:
             part = next(views[leaf.dtype][leaf.ndim == 1])
             return part.view(room, *leaf.shape[1:])
 
-        self._columns = {name: map_observations(view, value) for name, value in transitions.columns()}
-        self._rows, self.room = rows, room
+        columns = {name: map_observations(view, value) for name, value in transitions.columns()}
+        self._columns, self._rows, self.room = columns, rows, room
 
     def _allocated(self, dtype: torch.dtype, room: int, width: int) -> Tensor:
         if self.folder is None:
             return torch.empty(room, width, dtype=dtype, device=self.device)
         path = self._file(dtype)
-        if path.exists() and dtype not in self._rows:
-            fail("folder", "one without the files of another buffer", str(path))
         needed, before = room * width * dtype.itemsize, path.stat().st_size if path.exists() else 0
         try:
             reserve(path, needed)
@@ -289,7 +310,7 @@ def _parts(rows: Tensor, wide: list[int], scalars: int) -> tuple[Iterator[Tensor
     return iter(parts), iter(rest.unbind(1))
 
 
-def _cast(value: Any, stored: Any) -> Any:
+def _cast(name: str, value: Any, stored: Any) -> Any:
     if isinstance(value, Tensor) and isinstance(stored, Tensor) and value.dtype == stored.dtype:
         return value
     leaves, kept = observation_leaves(value), observation_leaves(stored)
@@ -297,4 +318,8 @@ def _cast(value: Any, stored: Any) -> Any:
         return value  # to be refused by its form
     both = [(leaf, like.dtype) for leaf, like in zip(leaves, kept)]
     floating = [leaf.is_floating_point() and dtype.is_floating_point for leaf, dtype in both]
-    return with_leaves(value, [leaf.to(dtype) if cast else leaf for (leaf, dtype), cast in zip(both, floating)])
+    found = [leaf.to(dtype) if cast else leaf for (leaf, dtype), cast in zip(both, floating)]
+    for leaf, given in zip(found, leaves):
+        if leaf.dtype != given.dtype:
+            check_finite(name, leaf, hint=f", as {leaf.dtype}, which the buffer holds")
+    return with_leaves(value, found)

@@ -161,3 +161,18 @@ def test_when_the_number_of_environments_changes_what_is_under_way_ends_where_it
     assert rows.next_actions[8:11, 0].tolist() == [11, 12, 13]
     assert buffer._trajectories is not None
     assert len(set(buffer._trajectories.of(14)[0].tolist())) == 3 + 2 + 3
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.float32])
+def test_a_step_that_the_buffers_floats_can_not_hold_is_refused(kind: torch.dtype) -> None:
+    buffer = ClusteredReplayBuffer(5, seed=0)
+    zero = torch.zeros(1, dtype=kind)
+    buffer.add(zero, zero, zero[0], zero, zero[0])
+    huge = torch.tensor([1e39], dtype=torch.float64)
+    with pytest.raises(ValueError, match=f"^rewards: expected finite values, got inf in row 0 .*, as {kind}"):
+        buffer.add(zero, zero, huge[0], zero, zero[0])
+    with pytest.raises(ValueError, match="^observations: expected finite values, got inf in row 0"):
+        buffer.add(huge, zero, zero[0], huge, zero[0])
+    assert len(buffer) == 1
+    buffer.add(zero, zero, zero[0], zero, zero[0])
+    assert buffer.rows().has_next_actions.tolist() == [1, 0]

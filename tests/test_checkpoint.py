@@ -199,6 +199,18 @@ def test_options_are_those_of_a_clusterer_that_reduces_itself() -> None:
         buffers[1].load_state_dict(buffers[0].state_dict())
 
 
+class Named(ClusteredReplayBuffer):
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+
+
+def test_a_subclass_that_takes_any_option_is_loaded_with_some(tmp_path: Path) -> None:
+    Named(10, seed=0).save(tmp_path / "buffer")
+    assert isinstance(Named.load(tmp_path / "buffer", seed=3), Named)
+    with pytest.raises(TypeError, match="capacite"):
+        Named.load(tmp_path / "buffer", capacite=3)
+
+
 def test_an_option_that_is_none_of_a_constructors_is_not_the_files_fault(tmp_path: Path) -> None:
     buffer_of().save(tmp_path / "buffer")
     with pytest.raises(TypeError, match="NoneType"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from typing import Any
@@ -402,3 +403,29 @@ def test_an_interrupted_refresh_leaves_clusters_and_mixture_as_they_were(monkeyp
     assert buffer.mixture is not None
     assert torch.equal(buffer.mixture.means, mixture.means)
     assert torch.equal(buffer.responsibilities, before)
+
+
+def test_a_clusterer_that_fails_after_it_found_a_mixture_keeps_the_one_before(
+    make_transitions: Callable[..., Transitions], make_critic: Callable[..., nn.Module]
+) -> None:
+    class Failing(MixtureClusterer):
+        fails = False
+
+        def __call__(self, embeddings: Tensor, previous: Tensor | None = None) -> Tensor:
+            found = super().__call__(embeddings, previous)
+            if self.fails:
+                raise RuntimeError("of its own")
+            return found
+
+    clusterer = Failing(2)
+    buffer, critic = drifting(make_transitions, make_critic, refresh=None, clusterer=clusterer)
+    buffer.sample(8)
+    before, mixture = copy.deepcopy(buffer), buffer.mixture
+    clusterer.fails = True
+    with pytest.raises(RuntimeError, match="of its own"):
+        buffer.refresh(Critics(make_critic(5, seed=7), critic))
+    assert mixture is not None
+    assert buffer.mixture is not None
+    assert torch.equal(buffer.mixture.means, mixture.means)
+    for _ in range(5):
+        assert torch.equal(buffer.sample(8).observations, before.sample(8).observations)

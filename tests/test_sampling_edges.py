@@ -182,3 +182,14 @@ def test_a_restored_sampler_walks_on_in_the_clusters_that_are_left() -> None:
     for _ in range(20):
         (rows, cluster), (others, other) = sampler.sample(10), again.sample(10)
         assert (rows.tolist(), cluster) == (others.tolist(), other)
+
+
+def test_half_responsibilities_are_made_to_sum_to_one_more_closely() -> None:
+    sampler = SingleClusterSampler(generator=torch.Generator().manual_seed(0))
+    sampler.extend(50)
+    r = torch.rand(50, 3, generator=torch.Generator().manual_seed(1)).softmax(dim=1).half()
+    sampler.assign(r)
+    found = sampler.responsibilities
+    assert found.dtype == torch.float32
+    expected = r.double() / r.double().sum(dim=1, keepdim=True)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-7)

@@ -408,6 +408,7 @@ def test_replace_keeps_what_it_is_not_given(make_transitions: Callable[..., Tran
         ([1, None, 2, 3], "rewards: expected numbers in one shape, got list"),
         ("abc", "rewards: expected numbers in one shape, got str"),
         (np.array([1j, 2, 3, 4]), "rewards: expected real numbers, got torch.complex128"),
+        (torch.ones(4).to_sparse(), "rewards: expected a dense tensor, got torch.sparse_coo"),
     ],
 )
 def test_values_that_are_no_numbers_are_named(values: Any, message: str) -> None:
