@@ -148,8 +148,11 @@ class ClusteredRows:
         self.sampler.forget_walks()
 
     def draw_from(self, generator: torch.Generator) -> None:
-        """Draw on from this one, on the CPU; where it stands elsewhere than the old, batches to come are drawn anew."""
-        if not torch.equal(generator.get_state(), self.generator.get_state()):
+        """Draw on from this one, on the CPU: batches to come are drawn anew.
+
+        But for another one that stands where the last does, as after loading: then what was drawn ahead is kept.
+        """
+        if generator is self.generator or not torch.equal(generator.get_state(), self.generator.get_state()):
             self.sampler.forget_ahead()
             self.sampler.forget_walks()
         self.clusterer.draw_from(generator, instead_of=self.generator)

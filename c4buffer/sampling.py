@@ -113,7 +113,7 @@ class SingleClusterSampler:
         """Take a clustering of all rows.
 
         Args:
-            responsibilities: [N, K], not negative, rows that sum to one; float32 or float64.
+            responsibilities: [N, K], not negative, rows that sum to one; float32 or float64, 16 bits are widened.
             distances: of each row to each cluster's mean, or any numbers in the order of those, [N, K], for rows that
                 dissolving leaves without a cluster. None: such rows take r_i = p.
             trajectories: of each row the number of its trajectory and its place in the order of time, int64 [N] each.

@@ -650,6 +650,18 @@ def test_with_the_buffers_generator_a_loaded_one_goes_on(
     assert [other.sample()["index"].tolist() for _ in range(40)] == expected
 
 
+def test_a_generator_that_was_seeded_again_and_given_again_gives_the_same_batches(critics: Critics) -> None:
+    generator, drawn = torch.Generator(), []
+    sampler = ClusterSampler(2, refresh=Every(10**9), seed=0)
+    buffer = filled(sampler)
+    sampler.attach(critics)
+    buffer.sample()
+    for _ in range(2):
+        buffer.set_rng(generator.manual_seed(7))
+        drawn.append([buffer.sample()["index"].tolist() for _ in range(5)])
+    assert drawn[0] == drawn[1]
+
+
 def test_samplers_of_one_generator_draw_different_batches(critics: Critics) -> None:
     generator = torch.Generator().manual_seed(0)
     first, second = (filled(ClusterSampler(2), generator=generator) for _ in range(2))
